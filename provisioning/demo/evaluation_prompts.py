@@ -1,0 +1,81 @@
+"""The evaluation's prompts, fixed before the training that they judge: 96 of them, chosen by a seed and not by taste.
+
+A third names a subject and nothing else, a third wraps it in filler words, a third asks for a colour and a ground that the
+training pictures of that subject never show. Run as a module it writes `evaluation_prompts.json`; the training reads that
+file and leaves the pairs out.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from provisioning.demo.vocabulary import ADJECTIVES, ENDINGS, GROUNDS, HERE, OPENINGS, PAINTS, subjects, with_article
+
+FILE: Final = HERE / "evaluation_prompts.json"
+SEED: Final = 20261124
+THIRD: Final = 32
+SEEDS: Final = (11, 12)
+VIVID: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """One prompt and what its picture must show; colour and ground are '' where nothing was said of them."""
+
+    prompt: str
+    label: str
+    kind: str
+    colour: str
+    ground: str
+    seeds: tuple[int, ...]
+
+
+def read(path: Path = FILE) -> tuple[EvaluationPrompt, ...]:
+    """Return the fixed prompts."""
+    return tuple(
+        EvaluationPrompt(**{**entry, "seeds": tuple(entry["seeds"])}) for entry in json.loads(path.read_text(encoding="utf-8"))
+    )
+
+
+def held_out(prompts: tuple[EvaluationPrompt, ...]) -> frozenset[tuple[str, str, str]]:
+    """Return the (label, kind, word) triples that no training picture may show."""
+    pairs = {(p.label, "colour", p.colour) for p in prompts if p.colour} | {(p.label, "ground", p.ground) for p in prompts if p.ground}
+    return frozenset(pairs)
+
+
+def choose() -> tuple[EvaluationPrompt, ...]:
+    """Draw the prompts anew from the fixed seed: 96 subjects, each asked for once."""
+    rng = random.Random(SEED)
+    # A subject that is named for its colour cannot be asked for in another.
+    free = [s for s in subjects() if not set(s.label.lower().split()) & (set(PAINTS) | {"rainbow", "heart"})]
+    chosen = rng.sample(free, 3 * THIRD)
+    prompts = []
+    for subject in chosen[:THIRD]:
+        prompts.append(EvaluationPrompt(with_article(subject.names[0]), subject.label, "plain", "", "", SEEDS))
+    for subject in chosen[THIRD : 2 * THIRD]:
+        opening, adjective, ending = rng.choice(OPENINGS[:13]), rng.choice(ADJECTIVES), rng.choice(ENDINGS)
+        prompts.append(EvaluationPrompt(
+            f"{opening} {with_article(subject.names[0], adjective)}, {ending}", subject.label, "filler", "", "", SEEDS
+        ))
+    for subject in chosen[2 * THIRD :]:
+        colour = rng.choice(VIVID)
+        ground = rng.choice([word for word in GROUNDS if colour not in word.split()])
+        name = subject.names[0]
+        prompts.append(EvaluationPrompt(
+            f"{with_article(name, colour)} on {'an' if ground[0] in 'aeiou' else 'a'} {ground} background", subject.label,
+            "colour and ground", colour, ground, SEEDS,
+        ))
+    return tuple(prompts)
+
+
+def write(path: Path = FILE) -> None:
+    """Write the prompts that `choose` draws."""
+    path.write_text(json.dumps([asdict(p) for p in choose()], indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
