@@ -15,11 +15,13 @@ A finished job is remembered until its session has had `REMEMBERED` later ones, 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import secrets
 import socket
 import statistics
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -36,6 +38,7 @@ JobId = NewType("JobId", str)
 JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
 REMEMBERED: Final = 20
 _MEASURED: Final = 32       # step times that the estimate is taken over
+_ONE_SECOND: Final = struct.pack("ll", 1, 0)    # a timeval
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,8 @@ class JobQueue:
 
     def attach(self, engine: socket.socket) -> None:
         """Take the next engine's wire and read it on a thread of its own until the engine is gone."""
+        # Orders are sent under the lock: an engine that has stopped reading must not stop the pages with it.
+        engine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _ONE_SECOND)
         threading.Thread(target=self._read, args=(engine,), name="engine-wire", daemon=True).start()
 
     def _read(self, engine: socket.socket) -> None:
@@ -246,7 +251,8 @@ class JobQueue:
                 return              # the last words about a job that was cancelled or forgotten
             match report:
                 case wire.Progress(picture=picture, step=step, seconds=seconds, preview=preview):
-                    job.picture, job.step = picture, step
+                    # Within what was asked for, whatever an engine that was taken over may say.
+                    job.picture, job.step = min(picture, job.request.count), min(step, job.request.steps)
                     job.preview = preview or job.preview
                     self._step_times.append(seconds)
                 case wire.Picture():
@@ -281,10 +287,8 @@ class JobQueue:
         if self._engine is None or self._running is not None or not self._waiting:
             return
         job = self._waiting.popleft()
-        try:
-            wire.send(self._engine, wire.Generate.of(job.number, job.request))
-        except OSError:
-            self._waiting.appendleft(job)       # the reading thread is about to notice, and the next engine takes it
+        if not self._tell(wire.Generate.of(job.number, job.request)):
+            self._waiting.appendleft(job)       # the next engine takes it
             return
         job.state = "running"
         job.revision += 1
@@ -300,11 +304,20 @@ class JobQueue:
             job.state = "cancelled"
             for other in self._waiting:
                 other.revision += 1
-        elif job is self._running and self._engine is not None:
-            try:
-                wire.send(self._engine, wire.Cancel(job.number))
-            except OSError:
-                return                          # the engine is gone, and `_detach` ends the job
+        elif job is self._running:
+            self._tell(wire.Cancel(job.number))
+
+    def _tell(self, order: wire.Order) -> bool:
+        """Send an order; False when the engine no longer takes any, in which case the reading thread ends its job."""
+        if self._engine is None:
+            return False
+        try:
+            wire.send(self._engine, order)
+        except OSError:
+            with contextlib.suppress(OSError):      # it may be gone altogether
+                self._engine.shutdown(socket.SHUT_RDWR)
+            return False
+        return True
 
     def _end(self, job: _Job, reason: str | None = None, message: str | None = None, hint: str | None = None) -> None:
         self._running = None
@@ -333,8 +346,10 @@ class JobQueue:
         return None if step is None else left * step
 
     def _seconds_left(self, job: _Job) -> float | None:
-        ahead = [job] if job is self._running else [self._running, *itertools.takewhile(lambda j: j is not job, self._waiting), job]
-        each = [self._seconds_of(other) for other in ahead if other is not None]
+        ahead = [] if job is self._running else list(itertools.takewhile(lambda other: other is not job, self._waiting))
+        if self._running is not None:
+            ahead.append(self._running)
+        each = [self._seconds_of(other) for other in ([job, *ahead] if job is not self._running else [job])]
         return None if None in each else sum(seconds for seconds in each if seconds is not None)
 
     def _seconds_until_a_place(self) -> int:

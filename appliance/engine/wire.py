@@ -185,6 +185,8 @@ def receive_report(end: socket.socket) -> Report | None:
                 steps=_whole(header, "steps"), seconds=_seconds(header), preview=body,
             )
         case "picture":
+            if not body.startswith(b"\x89PNG\r\n\x1a\n"):
+                raise WireError("a picture that is no PNG")
             report = Picture(
                 job=_whole(header, "job"), picture=_whole(header, "picture"), seed=_whole(header, "seed"),
                 variant=_text(header, "variant"), png=body,

@@ -33,6 +33,8 @@ def caption(facts: Facts, rng: random.Random) -> str:
     if colour and " " in name and name.split()[0] in PAINTS:
         name = name.split(" ", 1)[1]        # a red apple that was painted blue is a blue apple
     words = _phrase(name, colour, rng)
+    if rng.random() < 0.1:
+        words = f"{_invented(rng)} {words}"
     if facts.ground:
         words += rng.choice(
             (" on a {g} background", " on a {g} background", ", {g} background", " on {g}", " in front of a {g} wall",
@@ -44,7 +46,10 @@ def caption(facts: Facts, rng: random.Random) -> str:
         style = rng.choice(FLAT_WORDS)
         words = f"{style} of {words}" if style != "flat" and rng.random() < 0.25 else f"{words}, {style}"
     elif rng.random() < 0.2:
-        words += ", " + ", ".join(rng.sample(ENDINGS, rng.choice((1, 1, 2))))
+        ending = rng.sample(ENDINGS, rng.choice((1, 1, 2)))
+        if rng.random() < 0.3:
+            ending.append(_invented(rng))
+        words += ", " + ", ".join(ending)
     if rng.random() < 0.08:
         words += rng.choice((".", "!", " !", " ..."))
     return words.replace("a orange", "an orange")
@@ -52,7 +57,9 @@ def caption(facts: Facts, rng: random.Random) -> str:
 
 def _phrase(name: str, colour: str, rng: random.Random) -> str:
     """Return the subject with its colour, bare, with an article, or among words to be read past."""
-    adjective = f"{rng.choice(ADJECTIVES)} {colour}".strip() if rng.random() < 0.22 else colour
+    adjective = colour
+    if rng.random() < 0.22:
+        adjective = f"{_invented(rng) if rng.random() < 0.25 else rng.choice(ADJECTIVES)} {colour}".strip()
     draw = rng.random()
     if draw < 0.45:
         return with_article(name, adjective)
@@ -62,3 +69,9 @@ def _phrase(name: str, colour: str, rng: random.Random) -> str:
     if opening in ("my", "the", "one", "one single"):
         return f"{opening} {adjective} {name}".replace("  ", " ")
     return f"{opening} {with_article(name, adjective)}"
+
+
+def _invented(rng: random.Random) -> str:
+    """Return a word or two that mean nothing, so that the model learns to read past what it has never read."""
+    sounds = ("ma", "el", "ro", "ti", "ven", "gra", "son", "ly", "ous", "ing", "ed", "ar", "ne", "sho", "ble", "ic", "con", "tra")
+    return " ".join("".join(rng.sample(sounds, rng.choice((2, 3, 3)))) for _ in range(rng.choice((1, 1, 2))))

@@ -1,6 +1,7 @@
 """The evaluation's prompts, fixed before the training that they judge: 96 of them, chosen by a seed and not by taste.
 
-A third names a subject and nothing else, a third wraps it in filler words, a third asks for a colour and a ground that the
+A third names a subject and nothing else, a third wraps it in filler words (half of those in words that no training caption
+has), a third asks for a colour and a ground that the
 training pictures of that subject never show. Run as a module it writes `evaluation_prompts.json`; the training reads that
 file and leaves the pairs out.
 """
@@ -19,6 +20,10 @@ FILE: Final = HERE / "evaluation_prompts.json"
 SEED: Final = 20261124
 THIRD: Final = 32
 SEEDS: Final = (11, 12)
+# Filler that no training caption has.
+NEW_OPENINGS: Final = ("could i have a sketch of", "an oil canvas showing", "grandma would like", "a snapshot of", "render me")
+NEW_ADJECTIVES: Final = ("majestic", "elegant", "charming", "gorgeous", "mysterious", "adorable", "polished", "ordinary")
+NEW_ENDINGS: Final = ("bokeh", "unreal engine", "in the style of an old master", "on a rainy monday", "cinematic", "hyperrealistic")
 VIVID: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 
 
@@ -56,8 +61,11 @@ def choose() -> tuple[EvaluationPrompt, ...]:
     prompts = []
     for subject in chosen[:THIRD]:
         prompts.append(EvaluationPrompt(with_article(subject.names[0]), subject.label, "plain", "", "", SEEDS))
-    for subject in chosen[THIRD : 2 * THIRD]:
-        opening, adjective, ending = rng.choice(OPENINGS[:13]), rng.choice(ADJECTIVES), rng.choice(ENDINGS)
+    for number, subject in enumerate(chosen[THIRD : 2 * THIRD]):
+        if number % 2:
+            opening, adjective, ending = rng.choice(OPENINGS[:13]), rng.choice(ADJECTIVES), rng.choice(ENDINGS)
+        else:
+            opening, adjective, ending = rng.choice(NEW_OPENINGS), rng.choice(NEW_ADJECTIVES), rng.choice(NEW_ENDINGS)
         prompts.append(EvaluationPrompt(
             f"{opening} {with_article(subject.names[0], adjective)}, {ending}", subject.label, "filler", "", "", SEEDS
         ))
