@@ -1,0 +1,136 @@
+"""gunicorn, told to be small: one worker with threads, on a socket that it was given, saying nothing.
+
+gunicorn is an arbiter that forks one worker. The worker holds the pictures; the arbiter holds nothing. Both are under a
+supervisor of ours, and gunicorn's own ways of listening, logging and being controlled are off:
+
+1. The socket comes as `fd://N`; gunicorn opens none, and its control socket is disabled.
+2. Its messages quote request lines and exceptions, so they go nowhere: `_Silence` says at most that a request failed.
+3. Its heartbeat file lies in /dev/shm, which is memory.
+4. Header and body sizes are limited before our code sees a request.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gunicorn.app.base import BaseApplication
+from gunicorn.glogging import Logger
+
+from appliance.config import Config
+from appliance.engine.jobs import JobQueue
+from appliance.evidence.journal import Event, EventPipe
+from appliance.seal.confine import die_with_parent, forbid_core_dumps
+from appliance.vault.volume import Vault
+
+THREADS: Final = 64         # a stream takes one each while it lasts
+STREAMS: Final = 24
+NEW_ENGINE: Final = b"E"    # the supervisor's message that carries an engine's wire
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """The descriptors that the supervisor hands down: listener, its link to the worker, the event pipe."""
+
+    listener: int
+    link: int
+    events: int
+
+
+def serve(config: Config, hosts: tuple[str, ...], descriptors: Descriptors, *, supervisor: int) -> None:
+    """Run gunicorn until it is told to end; `hosts` are the values of Host that are answered."""
+    die_with_parent(supervisor)
+    forbid_core_dumps()
+    _Application(config, hosts, descriptors).run()
+
+
+class _Silence(Logger):      # type: ignore[misc]     # gunicorn publishes no types
+    """A gunicorn logger that has no place to write to: what it is given may quote a request."""
+
+    def setup(self, cfg: Any) -> None:
+        self.error_log.handlers = self.access_log.handlers = []
+        self.error_log.propagate = self.access_log.propagate = False
+        self.error_log.disabled = self.access_log.disabled = True
+
+    def access(self, *_: Any, **__: Any) -> None:
+        return
+
+    def reopen_files(self) -> None:
+        return
+
+    def close_on_exec(self) -> None:
+        return
+
+
+class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn publishes no types
+    """Darkroom under gunicorn; what the worker holds is made in the worker, after the fork."""
+
+    def __init__(self, config: Config, hosts: tuple[str, ...], descriptors: Descriptors) -> None:
+        self._config = config
+        self._hosts = hosts
+        self._descriptors = descriptors
+        self._arbiter = os.getpid()
+        super().__init__()
+
+    def load_config(self) -> None:
+        settings: dict[str, object] = {
+            "bind": f"fd://{self._descriptors.listener}",
+            "workers": 1,
+            "worker_class": "gthread",
+            "threads": THREADS,
+            "worker_connections": 512,
+            "worker_tmp_dir": "/dev/shm",     # noqa: S108     # the arbiter's heartbeat file holds nothing
+            "control_socket_disable": True,
+            "logger_class": _Silence,
+            "accesslog": None,
+            "timeout": 30,
+            "graceful_timeout": 1,
+            "keepalive": 5,
+            "limit_request_line": 2048,
+            "limit_request_fields": 48,
+            "limit_request_field_size": 4096,
+            "forwarded_allow_ips": "",
+            "preload_app": False,
+            "post_fork": self._in_worker,
+            "child_exit": self._worker_ended,
+        }
+        for name, value in settings.items():
+            self.cfg.set(name, value)
+
+    def _in_worker(self, _arbiter: object, _worker: object) -> None:
+        die_with_parent(self._arbiter)
+        forbid_core_dumps()
+
+    def _worker_ended(self, arbiter: Any, _worker: object) -> None:
+        # A worker that ended took the pictures with it: that is a close. gunicorn would fork another one, whose link and
+        # engine are somebody else's past, so the arbiter ends too and the supervisor starts afresh.
+        os._exit(1)
+
+    def load(self) -> Callable[..., Any]:
+        from appliance.web.app import WebSettings, create_app
+
+        events = EventPipe(self._descriptors.events)
+        link = socket.socket(fileno=self._descriptors.link)
+        vault = Vault(capacity=self._config.memory_for_pictures)
+        jobs = JobQueue(
+            vault,
+            capacity=self._config.queue,
+            on_engine=lambda there: events.say(Event.WORKER_HAS_ENGINE if there else Event.WORKER_LOST_ENGINE),
+        )
+        app = create_app(jobs=jobs, vault=vault, settings=WebSettings(allowed_hosts=self._hosts, most_streams=STREAMS))
+        threading.Thread(target=_take_engines, args=(link, jobs), name="supervisor-link", daemon=True).start()
+        events.say(Event.WORKER_READY)
+        return app
+
+
+def _take_engines(link: socket.socket, jobs: JobQueue) -> None:
+    """Attach each engine whose wire the supervisor sends; a supervisor that is gone ends the worker by PDEATHSIG."""
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(link, len(NEW_ENGINE), 1)
+        if message != NEW_ENGINE or len(descriptors) != 1:
+            return
+        jobs.attach(socket.socket(fileno=descriptors[0]))
