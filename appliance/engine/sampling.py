@@ -98,7 +98,8 @@ def _levels(sigmas: tuple[float, ...]) -> tuple[Level, ...]:
 def _denoised(prediction: PredictionType, latents: Latents, output: Latents, at: Level) -> Latents:
     """Return x0 from latents as the model sees them and what it said of them."""
     if prediction == "epsilon":
-        return (latents - output * at.noise) * (1 / at.signal)
+        clean: Latents = latents - output * at.noise
+        return clean / at.signal
     if prediction == "v_prediction":
         return latents * at.signal - output * at.noise
     return output
@@ -127,8 +128,8 @@ class Ddim:
         """Go to the next level along the direction that the model's x0 leaves as noise."""
         now, after = self.levels[i]
         denoised = _denoised(self.prediction, latents, output, now)
-        direction = (latents - denoised * now.signal) * (1 / now.noise)
-        return denoised * after.signal + direction * after.noise, denoised
+        noisy: Latents = latents - denoised * now.signal
+        return denoised * after.signal + noisy / now.noise * after.noise, denoised
 
 
 def _ddim(schedule: NoiseSchedule, steps: int) -> Ddim:
