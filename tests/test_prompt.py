@@ -121,6 +121,7 @@ def test_a_weight_that_is_no_number_or_absurd_is_refused(prompt: str) -> None:
     assert refused.value.hint
 
 
+@settings(deadline=None)
 @given(SYNTAX | PIECES | st.text())
 def test_any_text_parses_or_is_a_bad_request(prompt: str) -> None:
     try:
@@ -134,18 +135,20 @@ def test_any_text_parses_or_is_a_bad_request(prompt: str) -> None:
     assert all(character in rest for part in parts for character in part.text)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="\\()[]<"), max_size=80).filter(lambda text: "BREAK" not in text))
 def test_text_without_brackets_is_kept_whole(text: str) -> None:
     assert "".join(part.text for part in parse_prompt(text)) == text
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("ab \\()[]:|.0"), max_size=80))
 def test_escaping_every_bracket_keeps_any_text_whole(text: str) -> None:
     escaped = "".join("\\" + c if c in "\\()[]" else c for c in text)
     assert "".join(part.text for part in parse_prompt(escaped)) == text
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["red", "old", "apple"]), st.integers(1, 30)), min_size=1, max_size=5))
 def test_explicit_weights_come_out_as_they_were_written(words: list[tuple[str, int]]) -> None:
     prompt = "".join(f"({word}:{tenths / 10})" for word, tenths in words)
