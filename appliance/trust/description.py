@@ -143,21 +143,21 @@ class ModelDescription:
         family = top.text("family", 32)
         if family not in FAMILIES:
             raise _refused("family", "unknown family", expected=" or ".join(FAMILIES), got=family)
-        latents = _latents(top.object("latents"))
+        latents = _latents(top.member("latents"))
         description = cls(
             name=top.text("name", 120),
             family=family,
-            components=_components(top.object("components")),
-            text=_text(top.object("text")),
+            components=_components(top.member("components")),
+            text=_text(top.member("text")),
             latents=latents,
-            schedule=_schedule(top.object("schedule")),
-            sizes=_sizes(top.object("sizes"), latents.downscale),
-            defaults=_defaults(top.object("defaults")),
+            schedule=_schedule(top.member("schedule")),
+            sizes=_sizes(top.member("sizes"), latents.downscale),
+            defaults=_defaults(top.member("defaults")),
             variant=top.text("variant", 64),
             licence=top.text("licence", 120),
             source=top.text("source", 4000),
             notes=top.text("notes", 4000, empty=True),
-            vocabulary=_vocabulary(top.optional_object("vocabulary")),
+            vocabulary=_vocabulary(top.optional_member("vocabulary")),
         )
         top.end()
         return description
@@ -198,10 +198,10 @@ class _Object:
             raise _refused(place, "missing")
         return place, self.rest.pop(key)
 
-    def object(self, key: str) -> _Object:
+    def member(self, key: str) -> _Object:
         return _Object(*self._take(key))
 
-    def optional_object(self, key: str) -> _Object | None:
+    def optional_member(self, key: str) -> _Object | None:
         place, value = self._take(key)
         return None if value is None else _Object(place, value)
 

@@ -1,0 +1,1 @@
+"""The tests; they share makers of good inputs (`bundles.py`)."""
