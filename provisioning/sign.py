@@ -124,8 +124,9 @@ def _private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm):   # TypeError: it is encrypted
         raise BadRequest("key_kind", f"{path.name}: not a readable private key in PEM, without passphrase",
                          hint="darkroom-provision keygen makes one") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise BadRequest("key_kind", f"{path.name}: not an ECDSA key, and the format knows no other",
+    curves = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, curves):
+        raise BadRequest("key_kind", f"{path.name}: not an ECDSA key on P-256, P-384 or P-521, and the format knows no other",
                          hint="darkroom-provision keygen makes one")
     return key
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.errors import VerificationRefused
+from appliance.trust import onnx_graph
 from appliance.trust.onnx_graph import ExternalTensor, external_tensors
 from appliance.trust.verify import verify
 from tests.bundles import EXTERNAL, field, graph, model, node, sign_files_as_they_are, signed_bundle, tensor, varint, write
@@ -136,6 +137,13 @@ def test_graphs_nested_without_end_are_refused() -> None:
     with pytest.raises(VerificationRefused) as caught:
         external_tensors("m.onnx", model(inner), {})
     assert caught.value.reason == "onnx_malformed"
+
+
+def test_a_graph_beyond_its_limit_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_graph, "LARGEST_GRAPH", len(model()) - 1)   # the real one is 2 GiB
+    with pytest.raises(VerificationRefused) as caught:
+        external_tensors("m.onnx", model(), {})
+    assert caught.value.reason == "onnx_size"
 
 
 def test_a_graph_of_endless_fields_is_refused() -> None:

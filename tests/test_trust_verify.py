@@ -221,7 +221,7 @@ def test_a_signed_bundle_without_a_component_is_refused(bundle: Signed) -> None:
     assert reason(bundle) == "component_missing"
 
 
-@pytest.mark.parametrize("content", [b"", b" \n", b"\xff", b"a\x1b[2Jb", b"a\0b", b"x" * ((1 << 20) + 1)])
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff", b"a\x1b[2Jb", b"a\0b", b"a\x1cb", b"x" * ((1 << 20) + 1)])
 def test_a_licence_that_cannot_be_shown_is_refused(content: bytes, bundle: Signed) -> None:
     (bundle.folder / "LICENSE").write_bytes(content)
     sign_files_as_they_are(bundle)

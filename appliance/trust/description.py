@@ -14,7 +14,7 @@ Rules, in order:
 from __future__ import annotations
 
 import json
-import math
+import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Literal, cast
@@ -135,14 +135,14 @@ class ModelDescription:
             raise _refused("", "too large", expected=f"at most {LARGEST} bytes", got=f"{len(untrusted_bytes)}")
         try:
             document = json.loads(untrusted_bytes.decode("utf-8"), object_pairs_hook=_no_duplicates)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:   # not UTF-8, not JSON, a number of 5,000 digits
             raise _refused("", f"not valid JSON ({type(error).__name__})") from None
         top = _Object("", document)
         if top.integer("format", 1, 1_000_000) != FORMAT:
             raise _refused("format", "unknown version", expected=str(FORMAT))
         family = top.text("family", 32)
         if family not in FAMILIES:
-            raise _refused("family", "unknown family", expected=" or ".join(FAMILIES), got=family)
+            raise _refused("family", "unknown family", expected=" or ".join(FAMILIES), got=ascii(family))
         latents = _latents(top.member("latents"))
         description = cls(
             name=top.text("name", 120),
@@ -179,7 +179,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) != len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _refused(twice[:64], "duplicate key")
+        raise _refused(ascii(twice[:64]), "duplicate key")
     return dict(pairs)
 
 
@@ -246,12 +246,13 @@ class _Object:
 
     def end(self) -> None:
         if self.rest:
-            raise _refused(self.place, "unknown key", got=sorted(self.rest)[0][:64])
+            raise _refused(self.place, "unknown key", got=ascii(sorted(self.rest)[0][:64]))
 
 
 def _number(place: str, value: object, low: float, high: float) -> float:
     # bool is an int in Python, and a JSON 1 is as good as 1.0.
-    if type(value) not in (int, float) or not math.isfinite(cast(float, value)) or not low <= cast(float, value) <= high:
+    # NaN compares false; asking whether an enormous int is finite would overflow.
+    if type(value) not in (int, float) or not low <= cast(float, value) <= high:
         raise _refused(place, "out of range", expected=f"a number from {low} to {high}")
     return float(cast(float, value))
 
@@ -259,7 +260,8 @@ def _number(place: str, value: object, low: float, high: float) -> float:
 def _text_value(place: str, value: object, longest: int, *, empty: bool = False) -> str:
     if not isinstance(value, str) or len(value) > longest or not (value or empty):
         raise _refused(place, "not a text", expected=f"{0 if empty else 1} to {longest} characters")
-    if any(ord(c) < 32 and c != "\n" for c in value):
+    # Cc: control, Cs: half a surrogate pair, which JSON can say and UTF-8 cannot.
+    if any(unicodedata.category(c) in ("Cc", "Cs") and c != "\n" for c in value):
         raise _refused(place, "holds control characters")
     return value
 
@@ -268,7 +270,7 @@ def _path(place: str, value: object) -> str:
     text = _text_value(place, value, 255)
     path = PurePosixPath(text)
     if path.is_absolute() or ".." in path.parts or str(path) != text or "\\" in text or "\0" in text or text == ".":
-        raise _refused(place, "not a path inside the bundle", got=repr(text))
+        raise _refused(place, "not a path inside the bundle", got=ascii(text))
     return text
 
 

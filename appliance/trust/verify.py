@@ -26,6 +26,7 @@ link (that is how installations switch between versions); whatever it led to whe
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -190,7 +191,8 @@ def _licence(content: bytes) -> str:
         except UnicodeDecodeError:
             fact = "not UTF-8"
         else:
-            if text.strip() and all(c.isprintable() or c in " \t\r\n\f" or c.isspace() for c in text):
+            # Category Z is spaces and line separators; str.isspace would let control characters through.
+            if text.strip() and all(c.isprintable() or c in "\t\r\n\f" or unicodedata.category(c)[0] == "Z" for c in text):
                 return text
             fact = "empty, or holds control characters"
     raise VerificationRefused("licence", LICENCE, f"not a readable text: {fact}")

@@ -46,7 +46,7 @@ def test_keygen_makes_a_pair_that_only_its_owner_can_use(tmp_path: Path) -> None
     assert pair.public == tmp_path / "release.pub.pem"
     assert stat.S_IMODE(pair.private.stat().st_mode) == 0o600
     assert TrustedKey.load(pair.public).fingerprint == pair.fingerprint
-    command = ["openssl", "ec", "-in", pair.private, "-noout", "-text"]
+    command = ["openssl", "ec", "-in", str(pair.private), "-noout", "-text"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "secp384r1" in shown.stdout
 
@@ -196,6 +196,7 @@ def test_a_key_that_cannot_sign_is_a_bad_request(bundle: Signed, tmp_path: Path)
     keys = {
         "rsa": pem_file(tmp_path / "rsa.pem", rsa.generate_private_key(65537, 2048)),
         "locked": pem_file(tmp_path / "locked.pem", ec.generate_private_key(ec.SECP256R1()), secret),
+        "curve": pem_file(tmp_path / "k1.pem", ec.generate_private_key(ec.SECP256K1())),
         "public": bundle.private.with_name("key.pub.pem"),
     }
     keys["public"].chmod(0o600)
@@ -206,8 +207,6 @@ def test_a_key_that_cannot_sign_is_a_bad_request(bundle: Signed, tmp_path: Path)
     with pytest.raises(BadRequest) as caught:
         sign(bundle.folder, tmp_path / "none.pem")
     assert caught.value.reason == "key_unreadable"
-    with pytest.raises(VerificationRefused):
-        sign(bundle.folder, pem_file(tmp_path / "k1.pem", ec.generate_private_key(ec.SECP256K1())))
 
 
 def test_signing_no_folder_is_a_bad_request(bundle: Signed, tmp_path: Path) -> None:

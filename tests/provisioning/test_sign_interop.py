@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
 from appliance.errors import VerificationRefused
-from appliance.trust.onnx_graph import external_tensors
+from appliance.trust.onnx_graph import DOMAINS, external_tensors
 from appliance.trust.verify import TrustedKey, verify
-from tests.bundles import Signed, signed_bundle
+from tests.bundles import EXTERNAL, Signed, field, graph, model, node, signed_bundle, tensor
 
 
 @pytest.fixture
@@ -110,10 +114,71 @@ def test_a_graph_that_the_onnx_package_wrote_lists_the_same_external_data(tmp_pa
     onnx.save_model(model, str(path), save_as_external_data=True, location="weights.bin", size_threshold=0)
     loaded = onnx.load(str(path), load_external_data=False)
     expected = [
-        (tensor.name, info.location, info.offset, info.length)
-        for tensor in loaded.graph.initializer for info in [ExternalDataInfo(tensor)]
+        (one.name, info.location, info.offset, info.length)
+        for one in loaded.graph.initializer for info in [ExternalDataInfo(one)]
     ]
     sizes = {"unet/weights.bin": (tmp_path / "weights.bin").stat().st_size}
     found = external_tensors("unet/model.onnx", path.read_bytes(), sizes)
-    assert [(tensor.name, tensor.location, tensor.offset, tensor.length) for tensor in found] == expected
+    assert [(one.name, one.location, one.offset, one.length) for one in found] == expected
     assert len(found) == 3
+
+
+def attribute(*content: bytes) -> bytes:
+    return field(1, "a") + b"".join(content)
+
+
+NESTED = model(
+    graph(
+        [
+            node(
+                "If", "ai.onnx",
+                attribute(
+                    field(5, tensor("t", raw=bytes(8))),
+                    field(6, graph([node("Relu", "com.microsoft")], [tensor("q", raw=bytes(4))])),
+                    field(22, field(1, tensor("s", raw=bytes(4)))),
+                ),
+            )
+        ],
+        [tensor("w", external=EXTERNAL)],
+    )
+)
+
+
+def inside(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto | onnx.TensorProto]:
+    """Give every node and tensor that the public parser finds, however deep."""
+    yield from graph.initializer
+    sparse = list(graph.sparse_initializer)
+    for one in graph.node:
+        yield one
+        for attribute in one.attribute:
+            yield from [attribute.t, *attribute.tensors]
+            sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
+            for inner in [attribute.g, *attribute.graphs]:
+                yield from inside(inner)
+    for pair in sparse:
+        yield from (pair.values, pair.indices)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_what_is_accepted_of_a_damaged_graph_is_what_the_public_parser_sees(data: st.DataObject) -> None:
+    content = bytearray(NESTED)
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        ours = external_tensors("unet/model.onnx", bytes(content), {"unet/weights.bin": 8})
+        theirs = onnx.ModelProto()
+        theirs.ParseFromString(bytes(content))
+    except (VerificationRefused, DecodeError):
+        return
+    assert not theirs.functions
+    assert not theirs.training_info
+    outside = []
+    for found in inside(theirs.graph):
+        if isinstance(found, onnx.NodeProto):
+            assert found.domain in DOMAINS
+            assert found.op_type != "EPContext"
+        elif found.external_data or found.data_location == onnx.TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in found.external_data}
+            outside.append((found.name, entries["location"], int(entries.get("offset", "0")), int(entries["length"])))
+    assert [(mine.name, mine.location, mine.offset, mine.length) for mine in ours] == outside
