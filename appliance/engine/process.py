@@ -26,7 +26,7 @@ from appliance.errors import Cancelled, DarkroomError
 from appliance.evidence.journal import Event, EventPipe
 from appliance.request import GenerationRequest
 from appliance.seal.confine import die_with_parent, forbid_core_dumps, volunteer_for_the_oom_killer
-from appliance.trust.description import PLACE
+from appliance.trust.description import PLACE, ModelDescription
 from appliance.trust.verify import TrustedKey, VerifiedModel, verify
 
 if TYPE_CHECKING:
@@ -51,8 +51,10 @@ def run(
 
     pipeline = Pipeline(model, threads=threads)
     wire.send(end, _hello(model))
+    description = model.description
+    del model       # the verified bytes go: ONNX Runtime has taken in what it needs of them
     events.say(Event.ENGINE_READY, round(1000 * (time.monotonic() - started)))
-    _Desk(end, events, model, pipeline).serve()
+    _Desk(end, events, description, pipeline).serve()
 
 
 def _hello(model: VerifiedModel) -> wire.Hello:
@@ -64,10 +66,12 @@ def _hello(model: VerifiedModel) -> wire.Hello:
 class _Desk:
     """Takes orders on one thread and works them off on another, one at a time."""
 
-    def __init__(self, end: socket.socket, events: EventPipe, model: VerifiedModel, pipeline: Pipeline) -> None:
+    def __init__(
+        self, end: socket.socket, events: EventPipe, description: ModelDescription, pipeline: Pipeline
+    ) -> None:
         self._end = end
         self._events = events
-        self._model = model
+        self._description = description
         self._pipeline = pipeline
         self._orders: queue.Queue[wire.Generate | None] = queue.Queue(_WAITING_ORDERS)
         self._cancelled: set[int] = set()
@@ -98,7 +102,7 @@ class _Desk:
         started = time.monotonic()
         try:
             # The worker parsed this already; the engine does not take its word for it.
-            request = GenerationRequest.parse(order.fields, self._model.description, fresh_seed=0)
+            request = GenerationRequest.parse(order.fields, self._description, fresh_seed=0)
             for number, picture in enumerate(
                 self._pipeline.generate(
                     request, on_step=_Steps(self._end, order.job), cancelled=lambda: self._stopped(order.job)

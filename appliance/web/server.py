@@ -21,15 +21,14 @@ from typing import Any, Final
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
-from appliance.config import Config
 from appliance.engine.jobs import JobQueue
 from appliance.evidence.journal import Event, EventPipe
 from appliance.seal.confine import die_with_parent, forbid_core_dumps
+from appliance.supervisor import NEW_ENGINE
 from appliance.vault.volume import Vault
 
 THREADS: Final = 64         # a stream takes one each while it lasts
 STREAMS: Final = 24
-NEW_ENGINE: Final = b"E"    # the supervisor's message that carries an engine's wire
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,20 @@ class Descriptors:
     events: int
 
 
-def serve(config: Config, hosts: tuple[str, ...], descriptors: Descriptors, *, supervisor: int) -> None:
-    """Run gunicorn until it is told to end; `hosts` are the values of Host that are answered."""
+@dataclass(frozen=True)
+class Limits:
+    """How many jobs may wait, how many bytes of pictures are kept, and the values of Host that are answered."""
+
+    queue: int
+    memory_for_pictures: int
+    hosts: tuple[str, ...]
+
+
+def serve(limits: Limits, descriptors: Descriptors, *, supervisor: int) -> None:
+    """Run gunicorn until it is told to end."""
     die_with_parent(supervisor)
     forbid_core_dumps()
-    _Application(config, hosts, descriptors).run()
+    _Application(limits, descriptors).run()
 
 
 class _Silence(Logger):      # type: ignore[misc]     # gunicorn publishes no types
@@ -69,9 +77,8 @@ class _Silence(Logger):      # type: ignore[misc]     # gunicorn publishes no ty
 class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn publishes no types
     """Darkroom under gunicorn; what the worker holds is made in the worker, after the fork."""
 
-    def __init__(self, config: Config, hosts: tuple[str, ...], descriptors: Descriptors) -> None:
-        self._config = config
-        self._hosts = hosts
+    def __init__(self, limits: Limits, descriptors: Descriptors) -> None:
+        self._limits = limits
         self._descriptors = descriptors
         self._arbiter = os.getpid()
         super().__init__()
@@ -115,13 +122,13 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
 
         events = EventPipe(self._descriptors.events)
         link = socket.socket(fileno=self._descriptors.link)
-        vault = Vault(capacity=self._config.memory_for_pictures)
+        vault = Vault(capacity=self._limits.memory_for_pictures)
         jobs = JobQueue(
             vault,
-            capacity=self._config.queue,
+            capacity=self._limits.queue,
             on_engine=lambda there: events.say(Event.WORKER_HAS_ENGINE if there else Event.WORKER_LOST_ENGINE),
         )
-        app = create_app(jobs=jobs, vault=vault, settings=WebSettings(allowed_hosts=self._hosts, most_streams=STREAMS))
+        app = create_app(jobs=jobs, vault=vault, settings=WebSettings(allowed_hosts=self._limits.hosts, most_streams=STREAMS))
         threading.Thread(target=_take_engines, args=(link, jobs), name="supervisor-link", daemon=True).start()
         events.say(Event.WORKER_READY)
         return app

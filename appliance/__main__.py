@@ -1,0 +1,303 @@
+"""The `darkroom` command: serve, generate, verify. The only place that ends a process with a code of its own.
+
+Exit codes: 0 done, 1 unexpected, 2 usage or bad request, 3 verification refused, 4 vault, 5 engine, 6 not sealed.
+
+A prompt comes from standard input or a file, never from an argument: arguments show in the list of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn
+
+from appliance.config import Config, built_in_bundle, built_in_key, read
+from appliance.errors import BadRequest, DarkroomError
+from appliance.evidence.journal import EventPipe, to_journal
+from appliance.request import MOST_GUIDANCE, MOST_STEPS, SAMPLERS, SPACINGS
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        given.run(given)
+    except DarkroomError as error:
+        _complain(error, as_json=getattr(given, "json", False))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)       # as a shell reports SIGINT
+    except BrokenPipeError:
+        # Whoever read our output has what they wanted; Python would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        # The type and the place, and not the text: an unforeseen exception may quote what it was working on.
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace is not None else "an unknown place"
+        _say(f"unexpected {type(error).__name__} at {place}; this is a defect of Darkroom")
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="darkroom", description="A sealed room where images are developed.", allow_abbrev=False,
+        epilog="exit codes: 0 done, 1 unexpected, 2 usage or bad request, 3 verification refused, 4 vault, 5 engine, 6 not sealed",
+    )
+    parser.add_argument("--version", action="version", version=f"darkroom {version('darkroom')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    serve = commands.add_parser("serve", help="start the appliance on this machine", allow_abbrev=False)
+    serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, help="port to listen on, 0 for any free one (default 8000)")
+    serve.add_argument("--config", type=Path, metavar="FILE", help="configuration, a TOML file")
+    _model_options(serve)
+    serve.set_defaults(run=_serve)
+
+    generate = commands.add_parser(
+        "generate", help="make pictures from a prompt on standard input", allow_abbrev=False,
+        description="Make pictures from a prompt that is read from standard input or a file.",
+    )
+    generate.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from FILE (default: standard input)")
+    generate.add_argument("--negative-file", type=Path, metavar="FILE", help="read what to avoid from FILE")
+    generate.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture; with --count, PNG-SEED.png for each")
+    generate.add_argument("--steps", metavar="N", help=f"denoising steps, 1 to {MOST_STEPS} (default: the model's own)")
+    generate.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: the model's own)")
+    generate.add_argument("--spacing", metavar="NAME", help=f"of the sigmas: {' or '.join(SPACINGS)}")
+    generate.add_argument("--guidance", metavar="SCALE", help=f"guidance scale, 0 to {MOST_GUIDANCE:g} (default: the model's own)")
+    generate.add_argument("--seed", metavar="N", help="seed of the first picture (default: a random one, which is printed)")
+    generate.add_argument("--count", metavar="N", help="how many pictures (default 1)")
+    generate.add_argument("--size", metavar="WxH", help="in pixels (default: the model's own)")
+    generate.add_argument("--latents", type=Path, metavar="NPY", help="start from this Gaussian noise instead of the seed's")
+    generate.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: one for each core)")
+    generate.add_argument("--json", action="store_true", help="print what was made as JSON")
+    _model_options(generate)
+    generate.set_defaults(run=_generate)
+
+    verify = commands.add_parser("verify", help="check that a model is what a trusted key signed", allow_abbrev=False)
+    verify.add_argument("bundle", nargs="?", type=Path, help="the model's folder (default: the built-in model)")
+    verify.add_argument("--trust", type=Path, action="append", metavar="KEY", help="public key, PEM (again for several)")
+    verify.add_argument("--print", action="store_true", dest="listing", help="print the digests as sha256sum -c reads them")
+    verify.add_argument("--json", action="store_true", help="print the result as JSON")
+    verify.set_defaults(run=_verify)
+
+    # What the supervisor starts; not for people, so not in the help.
+    engine = commands.add_parser("engine")
+    engine.add_argument("--bundle", type=Path, required=True)
+    engine.add_argument("--trust", type=Path, action="append", required=True)
+    engine.add_argument("--threads", type=int)
+    engine.add_argument("--wire", type=int, required=True)
+    engine.add_argument("--events", type=int, required=True)
+    engine.add_argument("--supervisor", type=int, required=True)
+    engine.set_defaults(run=_engine)
+    pages = commands.add_parser("pages")
+    for name in ("--listener", "--link", "--events", "--supervisor", "--queue", "--memory-for-pictures"):
+        pages.add_argument(name, type=int, required=True)
+    pages.add_argument("--host", action="append", required=True)
+    pages.set_defaults(run=_pages)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="BUNDLE", help="the model's folder (default: the built-in model)")
+    parser.add_argument("--trust", type=Path, action="append", metavar="KEY", help="public key that BUNDLE is signed with, PEM")
+
+
+# ── serve ─────────────────────────────────────────────────────────────────────
+
+
+def _serve(given: argparse.Namespace) -> None:
+    from appliance.supervisor import serve
+
+    document = read(given.config) if given.config is not None else {}
+    config = Config.parse(_with_options(document, given))
+    _check_runtime()
+    _say(f"verifying {config.bundle.name} …")
+    serve(config, ready=_announce, publish=to_journal(_say))
+
+
+def _announce(address: str) -> None:
+    print(f"Darkroom is open at {address}  (Ctrl+C closes it, and nothing is left)", flush=True)
+
+
+def _with_options(document: dict[str, object], given: argparse.Namespace) -> dict[str, object]:
+    """Return the document with the command line's values in the place of the file's."""
+    options = {
+        "listen": {"host": given.host, "port": given.port},
+        "model": {
+            "bundle": None if given.model is None else str(given.model),
+            "trust": None if given.trust is None else [str(key) for key in given.trust],
+        },
+    }
+    merged = dict(document)
+    for table, values in options.items():
+        present = {key: value for key, value in values.items() if value is not None}
+        held = merged.get(table, {})
+        if present and isinstance(held, dict):
+            merged[table] = {**held, **present}
+    return merged
+
+
+def _check_runtime() -> None:
+    """Refuse to start with no ONNX Runtime or with two, which overwrite each other's files. Raises `BadRequest`."""
+    found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if len(found) == 2:
+        raise BadRequest(
+            "onnxruntime", "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other",
+            hint="pip uninstall onnxruntime onnxruntime-gpu, then install darkroom[cpu] or darkroom[gpu]",
+        )
+    if not found:
+        raise BadRequest("onnxruntime", "ONNX Runtime is not installed", hint="install darkroom[cpu], or darkroom[gpu]")
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+# ── generate ──────────────────────────────────────────────────────────────────
+
+
+def _generate(given: argparse.Namespace) -> None:
+    from appliance import developing
+
+    _check_runtime()
+    bundle, keys = _bundle_and_keys(given.model, given.trust)
+    made = developing.develop(
+        bundle=bundle,
+        trusted=keys,
+        fields=_fields(given),
+        out=given.out,
+        latents=given.latents,
+        threads=given.threads,
+        progress=developing.bar(sys.stderr) if sys.stderr.isatty() else None,
+    )
+    if given.json:
+        print(json.dumps([{"path": str(one.path), "seed": one.seed, "variant": one.variant, "sha256": one.digest} for one in made]))
+    else:
+        for one in made:
+            print(f"{one.path}  seed {one.seed}")
+
+
+def _fields(given: argparse.Namespace) -> dict[str, object]:
+    """Return the request's fields as a form would send them."""
+    fields: dict[str, object] = {
+        "prompt": _text(given.prompt_file, "prompt"),
+        "negative_prompt": None if given.negative_file is None else _text(given.negative_file, "negative prompt"),
+        "steps": given.steps, "sampler": given.sampler, "spacing": given.spacing, "guidance_scale": given.guidance,
+        "seed": given.seed, "count": given.count,
+    }
+    if given.size is not None:
+        width, cross, height = given.size.lower().partition("x")
+        if not cross:
+            raise BadRequest("size", "the size must be written as width x height", hint="for example --size 512x512")
+        fields["width"], fields["height"] = width, height
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _text(path: Path | None, what: str) -> str:
+    """Return a prompt from a file or from standard input. Raises `BadRequest`, without quoting it."""
+    most = 1 << 20
+    if path is None and sys.stdin.isatty():
+        _say(f"type the {what}, then Ctrl+D")
+    try:
+        if path is None:
+            raw = sys.stdin.buffer.read(most + 1)
+        else:
+            with path.open("rb") as file:
+                raw = file.read(most + 1)
+    except OSError as error:
+        raise BadRequest("prompt_file", f"the {what} could not be read: {(error.strerror or '').lower()}") from None
+    if len(raw) > most:
+        raise BadRequest("prompt_long", f"the {what} is larger than {most} bytes", hint="shorten it")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadRequest("prompt_characters", f"the {what} is not valid UTF-8", hint="save it as UTF-8 text") from None
+
+
+# ── verify ────────────────────────────────────────────────────────────────────
+
+
+def _verify(given: argparse.Namespace) -> None:
+    from appliance.trust.verify import TrustedKey, verify
+
+    bundle, keys = _bundle_and_keys(given.bundle, given.trust)
+    model = verify(bundle, [TrustedKey.load(key) for key in keys])
+    if given.json:
+        print(json.dumps({
+            "verified": True, "name": model.description.name, "digest": model.digest, "key": model.key_fingerprint,
+            "files": dict(model.digests),
+        }, indent=1))
+    elif given.listing:
+        for path, digest in sorted(model.digests.items()):
+            print(f"{digest}  {path}")
+    else:
+        print(f"{model.description.name}: verified, {len(model.digests)} files")
+        print(f"digest  sha256:{model.digest}")
+        print(f"key     sha256:{model.key_fingerprint}")
+
+
+def _bundle_and_keys(bundle: Path | None, keys: list[Path] | None) -> tuple[Path, list[Path]]:
+    if bundle is None and keys is None:
+        return built_in_bundle(), [built_in_key()]
+    if keys is None:
+        raise BadRequest(
+            "trust", "a model of your own needs the key that it must be signed with", hint="name it with --trust KEY.pub.pem"
+        )
+    return bundle or built_in_bundle(), keys
+
+
+# ── The supervisor's children ─────────────────────────────────────────────────
+
+
+def _engine(given: argparse.Namespace) -> None:
+    from appliance.engine.process import run
+
+    run(
+        bundle=given.bundle, trusted=given.trust, threads=given.threads, end=socket.socket(fileno=given.wire),
+        events=EventPipe(given.events), supervisor=given.supervisor,
+    )
+
+
+def _pages(given: argparse.Namespace) -> None:
+    from appliance.web.server import Descriptors, Limits, serve
+
+    serve(
+        Limits(given.queue, given.memory_for_pictures, tuple(given.host)),
+        Descriptors(given.listener, given.link, given.events),
+        supervisor=given.supervisor,
+    )
+
+
+# ── Words ─────────────────────────────────────────────────────────────────────
+
+
+def _say(sentence: str) -> None:
+    print(f"darkroom: {sentence}", file=sys.stderr, flush=True)
+
+
+def _complain(error: DarkroomError, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": error.reason, "message": str(error), "hint": error.hint}), flush=True)
+    _say(str(error))
+    if error.hint is not None:
+        print(f"          {error.hint}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
