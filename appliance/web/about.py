@@ -22,7 +22,7 @@ def model() -> ResponseReturnValue:
 @blueprint.get("/privacy")
 def privacy() -> ResponseReturnValue:
     """Show what is kept, where and until when."""
-    return render_template("privacy.html", session=enter(), idle_minutes=room().settings.idle_minutes)
+    return render_template("privacy.html", session=enter(), idle=room().idle_in_words)
 
 
 @blueprint.get("/forgotten")

@@ -49,7 +49,7 @@ HEADERS: Final[Mapping[str, str]] = {
         f"{feature}=()" for feature in (
             "accelerometer", "autoplay", "browsing-topics", "camera", "display-capture", "encrypted-media", "fullscreen",
             "geolocation", "gyroscope", "hid", "idle-detection", "magnetometer", "microphone", "midi", "payment",
-            "picture-in-picture", "publickey-credentials-get", "screen-wake-lock", "serial", "usb", "web-share",
+            "picture-in-picture", "publickey-credentials-get", "screen-wake-lock", "serial", "usb",
             "xr-spatial-tracking",
         )
     ),

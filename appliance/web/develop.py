@@ -127,7 +127,7 @@ def page(
             cares=cares(model.description) if model else (), shapes=shapes(model.description) if model else (),
             times=times(filled, model), engine_is_there=here.engine_is_there,
             examples=_examples(model), samplers={name: SAMPLER_NAMES[name] for name in SAMPLERS},
-            spacings={name: SPACING_NAMES[name] for name in SPACINGS}, idle_minutes=here.settings.idle_minutes,
+            spacings={name: SPACING_NAMES[name] for name in SPACINGS}, idle=here.idle_in_words,
         )
     )
 

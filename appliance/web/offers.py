@@ -111,6 +111,11 @@ def seconds_in_words(seconds: float) -> str:
     return f"about {round(seconds / 60)} minutes"
 
 
+def seconds_in_short(seconds: float) -> str:
+    """Return a time as it fits under a button's name."""
+    return f"about {max(1, round(seconds))} s" if seconds < 90 else f"about {round(seconds / 60)} min"
+
+
 def _fit(side: float, sizes: Sizes) -> int:
     # A side that comes out a hair below a multiple by rounding is that multiple.
     return max(sizes.smallest, min(sizes.largest, int((side + 1e-6) // sizes.multiple) * sizes.multiple))

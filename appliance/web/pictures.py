@@ -19,7 +19,7 @@ def sheet() -> ResponseReturnValue:
     """Show every picture of the session."""
     session = enter()
     return render_template(
-        "sheet.html", session=session, pictures=room().vault.images(session.id), idle_minutes=room().settings.idle_minutes
+        "sheet.html", session=session, pictures=room().vault.images(session.id), idle=room().idle_in_words
     )
 
 

@@ -22,7 +22,7 @@ from appliance.vault.volume import StoredImage
 from appliance.web import words
 from appliance.web.border import fields, inside
 from appliance.web.care import notices
-from appliance.web.offers import FORM_FIELDS, cares, seconds_in_words
+from appliance.web.offers import FORM_FIELDS, cares, seconds_in_short
 from appliance.web.room import Room, room
 from appliance.web.sessions import Session
 
@@ -63,10 +63,14 @@ def events(job: str) -> ResponseReturnValue:
 
 @blueprint.get("/jobs/<job>/preview/<int:revision>")
 def preview(job: str, revision: int) -> ResponseReturnValue:
-    """Return the newest preview, a JPEG; the revision only makes each one's address its own."""
+    """Return the newest preview, a JPEG, or 204 for none; the revision only makes each one's address its own."""
     del revision
-    found = room().jobs.preview(inside().id, JobId(job))
-    return Response(found, mimetype="image/jpeg") if found is not None else abort(404)
+    session, here = inside(), room()
+    found = here.jobs.preview(session.id, JobId(job))
+    if found is not None:
+        return Response(found, mimetype="image/jpeg")
+    # The job has ended since this was asked for: nothing is wrong with that.
+    return ("", 204) if here.jobs.view(session.id, JobId(job)) is not None else abort(404)
 
 
 @blueprint.post("/draft")
@@ -89,7 +93,7 @@ def times(form: Mapping[str, str], model: ModelCard | None) -> dict[str, str]:
     seconds, many = room().jobs.step_seconds, form.get("count", "").strip()
     count = int(many) if many.isascii() and many.isdigit() and len(many) < 3 else 1
     return {
-        care.id: f"{care.steps} steps" if seconds is None else seconds_in_words(care.steps * seconds * max(1, count))
+        care.id: f"{care.steps} steps" if seconds is None else seconds_in_short(care.steps * seconds * max(1, count))
         for care in (cares(model.description) if model is not None else ())
     }
 
@@ -114,8 +118,7 @@ def as_json(here: Room, session: Session, view: JobView) -> dict[str, object]:
 
 def picture_as_json(image: StoredImage) -> dict[str, object]:
     """Return a finished picture as the script shows it; the seed as text, since it may be beyond what a script counts."""
-    shape = words.shape_of(image.request.width, image.request.height)
-    return {"id": image.id, "seed": str(image.seed), "made": words.clock(image.made_at), "shape": shape}
+    return {"id": image.id, "seed": str(image.seed)}
 
 
 def _stream(here: Room, session: Session, view: JobView) -> Iterator[str]:

@@ -78,6 +78,12 @@ class Room:
         """Whether an engine takes jobs at this moment."""
         return self.jobs.model is not None
 
+    @property
+    def idle_in_words(self) -> str:
+        """After how long a session ends by itself, as the middle of a sentence."""
+        minutes = self.settings.idle_minutes
+        return "an hour passes" if minutes == 60 else f"{minutes} minutes pass" if minutes > 1 else "a minute passes"
+
     def current(self, session: SessionId) -> JobView | None:
         """Return the job to show: the one that is next to be finished, otherwise the latest."""
         jobs = self.jobs.jobs(session)

@@ -11,8 +11,8 @@ from appliance.web.offers import seconds_in_words
 
 
 def install(app: Flask) -> None:
-    """Give the templates the filters `sentence`, `roughly` and `clock`."""
-    app.jinja_env.filters.update(sentence=sentence, roughly=seconds_in_words, clock=clock, shape_of=shape_of)
+    """Give the templates the filters `sentence` and `clock`."""
+    app.jinja_env.filters.update(sentence=sentence, clock=clock)
 
 
 def sentence(text: str) -> str:
@@ -23,11 +23,6 @@ def sentence(text: str) -> str:
 def clock(moment: float) -> str:
     """Return the time of day of a Unix time, on this machine's clock."""
     return time.strftime("%H:%M", time.localtime(moment))
-
-
-def shape_of(width: int, height: int) -> str:
-    """Return the style sheet's name for the outline of a picture."""
-    return "square" if width == height else "tall" if width < height else "wide"
 
 
 def status(job: JobView, *, behind: int, engine_is_there: bool) -> str:

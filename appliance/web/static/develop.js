@@ -35,6 +35,7 @@ function complain(error) {
   const field = order.elements[said.error] ?? (said.error?.startsWith("prompt") ? prompt : null);
   if (field instanceof HTMLElement) {
     field.setAttribute("aria-invalid", "true");
+    field.setAttribute("aria-errormessage", "problem-what");
     if (at("more").contains(field)) at("more").open = true;
     field.focus();
   }
@@ -237,7 +238,7 @@ at("keep-seed").addEventListener("click", (event) => {
   order.elements.seed.value = link.dataset.seed;
   at("more").open = true;
   announce(`Seed ${link.dataset.seed} is kept for the next picture.`);
-  at("status").textContent = `Seed ${link.dataset.seed} is kept for the next picture`;
+  at("status").textContent = `Seed ${link.dataset.seed}, kept`;
   prompt.focus();
   keep();
 });
