@@ -91,7 +91,8 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(descriptor)
             # linkat(2) takes no name that exists: a second name first, then renamed over the old file in one step.
             beside = path.with_name(f".{secrets.token_hex(8)}.darkroom")
-            os.link(f"/proc/self/fd/{descriptor}", beside, follow_symlinks=True)
+            # (src_dir_fd changes nothing for an absolute path, but without it Python calls link(2), which follows no link.)
+            os.link(f"/proc/self/fd/{descriptor}", beside, src_dir_fd=descriptor, follow_symlinks=True)
             try:
                 beside.replace(path)
             except OSError:

@@ -54,6 +54,13 @@ class _Closing(Exception):      # noqa: N818     # not an error: the way out of 
         self.signum = signum
 
 
+class _PagesEnded(EngineError):
+    """gunicorn ended while something else was being waited for."""
+
+    def __init__(self) -> None:
+        super().__init__("start", "the pages ended while they were being started")
+
+
 def serve(config: Config, *, ready: Callable[[str], None], publish: Callable[[Record], None]) -> None:
     """Run the appliance until it is told to close.
 
@@ -210,16 +217,25 @@ class _Supervisor:
         """Publish what is said and see to who has ended; returns after at most a quarter of a second."""
         for record in self._heard(0.25):
             self._publish(record)
-        if self._pages is not None and (status := self._pages.poll()) is not None:
-            self._publish(Record(Event.WORKER_ENDED, status))
-            self._count_an_end()
-            self._end_everything()
-            self._open()
+        if self._pages is not None and self._pages.poll() is not None:
+            self._begin_afresh()
         elif self._engine is not None and (status := self._engine.poll()) is not None:
             self._publish(Record(Event.ENGINE_ENDED, status))
             self._count_an_end()
-            self._start_engine()
-            self._hand_over_engine()
+            try:
+                self._start_engine()
+                self._hand_over_engine()
+            except (_PagesEnded, OSError):
+                # The engine had ended because its worker did, which shows a moment later.
+                self._begin_afresh()
+
+    def _begin_afresh(self) -> None:
+        """Close, since the worker has ended and what it held is gone, and open again."""
+        if self._pages is not None:
+            self._publish(Record(Event.WORKER_ENDED, self._pages.poll() or 0))
+        self._count_an_end()
+        self._end_everything()
+        self._open()
 
     def _await(self, event: Event, limit: float) -> None:
         """Return when a child says `event`; raise as soon as one ends instead, or when `limit` seconds have passed."""
@@ -229,9 +245,10 @@ class _Supervisor:
                 self._publish(record)
                 if record.event == event:
                     return
-            for child in (self._engine, self._pages):
-                if child is not None and (status := child.poll()) is not None:
-                    raise _reason(status)
+            if self._pages is not None and self._pages.poll() is not None:
+                raise _PagesEnded
+            if self._engine is not None and (status := self._engine.poll()) is not None:
+                raise _reason(status)
         raise EngineError("start", f"{event.name.lower().replace('_', ' ')} was waited for longer than {limit:.0f} seconds")
 
     def _heard(self, seconds: float) -> list[Record]:

@@ -128,7 +128,12 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
             capacity=self._limits.queue,
             on_engine=lambda there: events.say(Event.WORKER_HAS_ENGINE if there else Event.WORKER_LOST_ENGINE),
         )
-        app = create_app(jobs=jobs, vault=vault, settings=WebSettings(allowed_hosts=self._limits.hosts, most_streams=STREAMS))
+        app = create_app(
+            jobs=jobs,
+            vault=vault,
+            settings=WebSettings(allowed_hosts=self._limits.hosts, most_streams=STREAMS),
+            on_failure=lambda status: events.say(Event.REQUEST_FAILED, status),
+        )
         threading.Thread(target=_take_engines, args=(link, jobs), name="supervisor-link", daemon=True).start()
         events.say(Event.WORKER_READY)
         return app

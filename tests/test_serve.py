@@ -1,0 +1,201 @@
+"""The appliance from the outside: how it opens, what it survives, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from appliance.config import built_in_bundle, built_in_key
+from tests.conftest import Appliance, eventually, running
+from tests.visitor import Visitor
+
+
+def darkroom(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "appliance", *arguments], capture_output=True, text=True, timeout=120, check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_a_picture_comes_out_and_the_same_request_gives_the_same_bytes_in_another_session(served: Appliance) -> None:
+    pictures = []
+    for _ in range(2):
+        visitor = Visitor(served.hostport)
+        pictures.append(visitor.picture(visitor.develop("a red apple", seed="7", steps="4")))
+    assert pictures[0].startswith(b"\x89PNG")
+    assert pictures[0] == pictures[1]
+
+
+def test_a_picture_is_the_same_alone_in_a_batch_and_from_the_command(served: Appliance, tmp_path: Path) -> None:
+    visitor = Visitor(served.hostport)
+    batch = visitor.wait(visitor.develop("a red apple", seed="6", steps="3", count="2"), "done")
+    pictures = batch["pictures"]
+    assert isinstance(pictures, list)
+    by_seed = {entry["seed"]: visitor.get(f"/pictures/{entry['id']}/png").body for entry in pictures}
+    (tmp_path / "prompt.txt").write_text("a red apple", encoding="utf-8")
+    out = tmp_path / "apple.png"
+    made = darkroom("generate", "--prompt-file", str(tmp_path / "prompt.txt"), "--seed", "7", "--steps", "3", "--out", str(out))
+    assert made.returncode == 0, made.stderr
+    assert out.read_bytes() == by_seed["7"]
+    assert by_seed["6"] != by_seed["7"]
+
+
+def test_the_processes_are_the_ones_that_the_design_names(served: Appliance) -> None:
+    children = served.children()
+    assert set(children) == {"engine", "arbiter", "worker"}
+    for pid in children.values():
+        environment = Path(f"/proc/{pid}/environ")
+        # Not dumpable: the file belongs to root, and only root may read it.
+        assert environment.stat().st_uid == 0
+        limits = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
+        assert re.search(r"Max core file size +0 +0 ", limits)
+    threads = len(list(Path(f"/proc/{served.process.pid}/task").iterdir()))
+    assert threads == 1, "the supervisor must stay single-threaded"
+
+
+def test_another_sessions_pictures_jobs_and_streams_are_answered_like_ids_that_never_were(served: Appliance) -> None:
+    anna, bert = Visitor(served.hostport), Visitor(served.hostport)
+    job = anna.develop("a red apple", steps="2")
+    anna.picture(job)
+    pictures = anna.job(job)["pictures"]
+    assert isinstance(pictures, list)
+    image = pictures[0]["id"]
+    bert.enter()
+    for path, other in (
+        (f"/api/jobs/{job}", "/api/jobs/never"), (f"/api/jobs/{job}/events", "/api/jobs/never/events"),
+        (f"/api/jobs/{job}/preview/1", "/api/jobs/never/preview/1"), (f"/pictures/{image}/png", "/pictures/never/png"),
+        (f"/jobs/{job}", "/jobs/never"), (f"/pictures/{image}", "/pictures/never"),
+    ):
+        theirs, unknown = bert.get(path), bert.get(other)
+        assert theirs.status == unknown.status == 404, path
+        assert theirs.body.replace(job.encode(), b"never").replace(image.encode(), b"never") == unknown.body
+    assert bert.post(f"/pictures/{image}/forget", {}).status == 404
+    assert anna.get(f"/pictures/{image}/png").status == 200
+
+
+def test_forgetting_everything_leaves_the_session_without_pictures(served: Appliance) -> None:
+    visitor = Visitor(served.hostport)
+    job = visitor.develop("a red apple", steps="2")
+    visitor.picture(job)
+    before = visitor.cookie
+    assert visitor.post("/forget", {}).status == 303
+    visitor.cookie = before
+    assert visitor.get(f"/api/jobs/{job}").status == 404
+
+
+def test_a_killed_engine_is_replaced_its_job_says_why_and_the_next_one_works() -> None:
+    with running() as appliance:
+        visitor = Visitor(appliance.hostport)
+        job = visitor.develop("a red apple", steps="150", count="2")
+        eventually(lambda: visitor.job(job)["state"] == "running")
+        before = appliance.children()
+        os.kill(before["engine"], signal.SIGKILL)
+        failed = visitor.wait(job, "failed")
+        assert "engine stopped" in str(failed["message"])
+        assert visitor.picture(visitor.develop("a red apple", steps="2")).startswith(b"\x89PNG")
+        after = appliance.children()
+        assert after["worker"] == before["worker"]
+        assert after["engine"] != before["engine"]
+        assert "the engine ended with status -9" in appliance.log()
+
+
+def test_a_killed_worker_is_a_close_and_the_pages_come_back_empty() -> None:
+    with running() as appliance:
+        visitor = Visitor(appliance.hostport)
+        job = visitor.develop("a red apple", steps="2")
+        visitor.picture(job)
+        before = appliance.children()
+        os.kill(before["worker"], signal.SIGKILL)
+        eventually(lambda: set(appliance.children()) == {"engine", "arbiter", "worker"}
+                   and not set(appliance.children().values()) & set(before.values()), 180)
+        eventually(lambda: "HTTP" not in str(_status(appliance)) and _status(appliance) == 200, 180)
+        assert all(gone(pid) for pid in before.values())
+        assert visitor.get(f"/api/jobs/{job}").status == 404
+
+
+def _status(appliance: Appliance) -> int:
+    try:
+        return Visitor(appliance.hostport).get("/").status
+    except OSError:
+        return 0
+
+
+def test_nothing_outlives_a_killed_supervisor_not_even_with_a_stream_open() -> None:
+    with running() as appliance:
+        visitor = Visitor(appliance.hostport)
+        job = visitor.develop("a red apple", steps="150", count="4")
+        host, _, port = appliance.hostport.rpartition(":")
+        children = appliance.children()
+        with socket.create_connection((host, int(port)), timeout=30) as stream:
+            stream.sendall(
+                f"GET /api/jobs/{job}/events HTTP/1.1\r\nHost: {appliance.hostport}\r\nCookie: {visitor.cookie}\r\n\r\n".encode()
+            )
+            assert b"200" in stream.recv(64)
+            appliance.process.kill()
+            appliance.process.wait(30)
+            eventually(lambda: all(gone(pid) for pid in children.values()), 10)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_closing_signal_ends_every_process_and_exits_with_0(signum: int) -> None:
+    with running() as appliance:
+        children = appliance.children()
+        assert appliance.close(signum) == 0
+        assert all(gone(pid) for pid in children.values())
+        assert "closed after signal" in appliance.log()
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", appliance.port)) != 0
+
+
+def test_a_port_in_use_is_said_with_what_to_do() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        refused = darkroom("serve", "--port", str(other.getsockname()[1]))
+    assert refused.returncode == 2
+    assert "cannot be listened on" in refused.stderr
+    assert "--port" in refused.stderr
+
+
+def test_a_tampered_model_is_refused_before_any_page_is_answered(tmp_path: Path) -> None:
+    bundle = tmp_path / "model"
+    shutil.copytree(built_in_bundle(), bundle)
+    graph = bundle / "unet" / "model.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    refused = darkroom("serve", "--port", "0", "--model", str(bundle), "--trust", str(built_in_key()))
+    assert refused.returncode == 3
+    assert "unet/model.onnx: digest mismatch" in refused.stderr
+    assert "Darkroom is open" not in refused.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--host", "0.0.0.0"), 2, "TLS"),     # noqa: S104
+        (("--model", "/nowhere"), 2, "listen|trust"),
+        (("--config", "/nowhere.toml"), 2, "no such file"),
+        (("--port", "99999"), 2, "listen.port"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_a_sentence(options: tuple[str, ...], code: int, said: str) -> None:
+    refused = darkroom("serve", *options)
+    assert refused.returncode == code
+    assert re.search(said, refused.stderr)
+    assert "Traceback" not in refused.stderr
