@@ -293,7 +293,8 @@ def _spawn(command: list[str], *descriptors: int) -> subprocess.Popen[bytes]:
 def _environment() -> dict[str, str]:
     """Return what a child needs and nothing of systemd's: gunicorn would take NOTIFY_SOCKET and LISTEN_FDS for its own."""
     kept = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "TZ", "HOME")
-    return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONDONTWRITEBYTECODE": "1"}
+    given = {name: os.environ[name] for name in kept if name in os.environ}
+    return given | {"PYTHONDONTWRITEBYTECODE": "1", "ORT_DISABLE_TELEMETRY": "1"}      # see appliance.engine
 
 
 def _end(child: subprocess.Popen[bytes], grace: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,14 @@ def test_the_supervisor_and_the_worker_load_no_numpy_and_no_onnxruntime() -> Non
         "import sys; import appliance.web.server, appliance.web.app; ",
     ):
         assert in_a_new_process(code + probe) == []
+
+
+def test_onnxruntime_writes_no_telemetry_file_in_the_engine_though_it_would_elsewhere(tmp_path: Path) -> None:
+    def imported_with(code: str) -> list[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT, env={**environment, "TMPDIR": str(tmp_path)})
+        return [path.name for path in tmp_path.iterdir()]
+
+    assert imported_with("import appliance.engine.sessions, onnxruntime") == []
+    # The control: the package that is locked does have the client, and this is what it looks like.
+    assert imported_with("import onnxruntime") != []
