@@ -121,7 +121,8 @@ def encode(vae: Any, pictures: NDArray[np.uint8], report: Report) -> Tensor:
 @torch.no_grad()
 def fold(vae: Any, pictures: NDArray[np.uint8]) -> list[float]:
     """Whiten the latents by the two 1×1 convolutions around them; return their variances before that, one an axis."""
-    means = torch.cat([vae.encode(to_tensor(part)).latent_dist.mean for part in np.array_split(pictures, max(1, len(pictures) // 8))])
+    parts = np.array_split(pictures, max(1, len(pictures) // 8))
+    means = torch.cat([vae.encode(to_tensor(part)).latent_dist.mean for part in parts])
     flat = means.permute(0, 2, 3, 1).reshape(-1, means.shape[1])
     mean, covariance = flat.mean(0), torch.cov(flat.T)
     # A floor under the variances, so that a channel that carries little is not blown up to a channel of noise.
@@ -142,8 +143,8 @@ def _build(recipe: AutoencoderRecipe) -> Any:
     levels = len(recipe.channels)
     vae = AutoencoderKL(
         in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=recipe.channels, layers_per_block=1, latent_channels=4,
-        norm_num_groups=recipe.groups, sample_size=SIZE, scaling_factor=SCALING_FACTOR,
+        up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=recipe.channels, layers_per_block=1,
+        latent_channels=4, norm_num_groups=recipe.groups, sample_size=SIZE, scaling_factor=SCALING_FACTOR,
     )
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
@@ -166,7 +167,9 @@ def _crops(pictures: NDArray[np.uint8], phase: Phase, rng: np.random.Generator) 
 
 
 def _edges(difference: Tensor) -> Tensor:
-    return (difference[..., 1:] - difference[..., :-1]).abs().mean() + (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
+    across = difference[..., 1:] - difference[..., :-1]
+    down = difference[..., 1:, :] - difference[..., :-1, :]
+    return across.abs().mean() + down.abs().mean()
 
 
 def save(vae: Any, folder: Path) -> None:

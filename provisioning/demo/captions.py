@@ -73,5 +73,7 @@ def _phrase(name: str, colour: str, rng: random.Random) -> str:
 
 def _invented(rng: random.Random) -> str:
     """Return a word or two that mean nothing, so that the model learns to read past what it has never read."""
-    sounds = ("ma", "el", "ro", "ti", "ven", "gra", "son", "ly", "ous", "ing", "ed", "ar", "ne", "sho", "ble", "ic", "con", "tra")
+    sounds = (
+        "ma", "el", "ro", "ti", "ven", "gra", "son", "ly", "ous", "ing", "ed", "ar", "ne", "sho", "ble", "ic", "con", "tra",
+    )
     return " ".join("".join(rng.sample(sounds, rng.choice((2, 3, 3)))) for _ in range(rng.choice((1, 1, 2))))

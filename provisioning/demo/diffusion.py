@@ -52,8 +52,13 @@ class DiffusionRecipe:
     seed: int = 0
 
 
-def train(
-    latents: Tensor, facts: Sequence[Facts], tokenizer: Any, recipe: DiffusionRecipe, checkpoint: Checkpoint, report: Report,
+def train(  # noqa: PLR0917 (a stage has as many inputs as it has)
+    latents: Tensor,
+    facts: Sequence[Facts],
+    tokenizer: Any,
+    recipe: DiffusionRecipe,
+    checkpoint: Checkpoint,
+    report: Report,
     snapshot: Any = None,
 ) -> tuple[Any, Any]:
     """Train from nothing, or from the checkpoint; return the averaged UNet and text encoder.
@@ -104,7 +109,9 @@ def train(
     return _averaged(recipe, tokenizer, latents.shape[-1], averages)
 
 
-def save_pipeline(vae: Any, unet: Any, text: Any, tokenizer: Any, tokenizer_files: Path, folder: Path) -> None:
+def save_pipeline(  # noqa: PLR0917 (as many parts as a pipeline has)
+    vae: Any, unet: Any, text: Any, tokenizer: Any, tokenizer_files: Path, folder: Path
+) -> None:
     """Write a complete diffusers folder in half precision, file for file as Stable Diffusion 1.5's is laid out."""
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,

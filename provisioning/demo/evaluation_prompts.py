@@ -1,9 +1,8 @@
 """The evaluation's prompts, fixed before the training that they judge: 96 of them, chosen by a seed and not by taste.
 
 A third names a subject and nothing else, a third wraps it in filler words (half of those in words that no training caption
-has), a third asks for a colour and a ground that the
-training pictures of that subject never show. Run as a module it writes `evaluation_prompts.json`; the training reads that
-file and leaves the pairs out.
+has), a third asks for a colour and a ground that the training pictures of that subject never show. Run as a module it
+writes `evaluation_prompts.json`; the training reads that file and leaves the pairs out.
 """
 
 from __future__ import annotations
@@ -23,7 +22,9 @@ SEEDS: Final = (11, 12)
 # Filler that no training caption has.
 NEW_OPENINGS: Final = ("could i have a sketch of", "an oil canvas showing", "grandma would like", "a snapshot of", "render me")
 NEW_ADJECTIVES: Final = ("majestic", "elegant", "charming", "gorgeous", "mysterious", "adorable", "polished", "ordinary")
-NEW_ENDINGS: Final = ("bokeh", "unreal engine", "in the style of an old master", "on a rainy monday", "cinematic", "hyperrealistic")
+NEW_ENDINGS: Final = (
+    "bokeh", "unreal engine", "in the style of an old master", "on a rainy monday", "cinematic", "hyperrealistic",
+)
 VIVID: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 
 
@@ -48,8 +49,9 @@ def read(path: Path = FILE) -> tuple[EvaluationPrompt, ...]:
 
 def held_out(prompts: tuple[EvaluationPrompt, ...]) -> frozenset[tuple[str, str, str]]:
     """Return the (label, kind, word) triples that no training picture may show."""
-    pairs = {(p.label, "colour", p.colour) for p in prompts if p.colour} | {(p.label, "ground", p.ground) for p in prompts if p.ground}
-    return frozenset(pairs)
+    colours = {(p.label, "colour", p.colour) for p in prompts if p.colour}
+    grounds = {(p.label, "ground", p.ground) for p in prompts if p.ground}
+    return frozenset(colours | grounds)
 
 
 def choose() -> tuple[EvaluationPrompt, ...]:

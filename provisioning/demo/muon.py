@@ -33,7 +33,8 @@ def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
         if step < steps - 1:
             gram = polynomial @ gram @ polynomial
     x = product @ x
-    return x.mT if tall else x
+    turned: Tensor = x.mT if tall else x
+    return turned
 
 
 class Muon(torch.optim.Optimizer):
@@ -43,7 +44,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:      # type: ignore[override]     # there is nothing to re-evaluate
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 (there is nothing to re-evaluate)
         """Apply one update."""
         for group in self.param_groups:
             # Equal shapes are stacked: one batched product instead of many small ones.

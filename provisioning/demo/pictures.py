@@ -52,7 +52,8 @@ def _resized(image: Image.Image, scale: float) -> Floats:
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # Premultiplied while it is resized: otherwise the colour behind clear pixels bleeds into the edge.
     small = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
-    return np.asarray(small, np.float32) / 255
+    pixels: Floats = np.asarray(small, np.float32) / np.float32(255)
+    return pixels
 
 
 def repaint(rgba: Floats, word: str) -> Floats:
@@ -84,7 +85,8 @@ def repaint(rgba: Floats, word: str) -> Floats:
 
 
 def _ramp(x: NDArray[np.floating], start: float, width: float) -> NDArray[np.floating]:
-    return np.clip((x - start) / width, 0, 1)
+    risen: NDArray[np.floating] = np.clip((x - start) / width, 0, 1)
+    return risen
 
 
 def hue_word(rgb: Floats) -> NDArray[np.str_]:
@@ -118,7 +120,9 @@ def natural_colour(rgba: Floats) -> str:
     return str(words[best]) if words[best] != "none" and counts[best] > 0.5 * counts.sum() else ""
 
 
-def compose(rgba: Floats, ground: tuple[float, float, float], *, scale: float, mirror: bool, place: tuple[float, float]) -> NDArray[np.uint8]:
+def compose(
+    rgba: Floats, ground: tuple[float, float, float], *, scale: float, mirror: bool, place: tuple[float, float]
+) -> NDArray[np.uint8]:
     """Return a (192, 192, 3) picture: the drawing at a size and place (0…1 of the room there is) on a flat ground in 0…255."""
     if scale < 1:
         rgba = _resized(Image.fromarray(np.round(rgba * 255).astype(np.uint8), "RGBA"), scale)
@@ -179,7 +183,8 @@ def make(
 
 def read_facts(folder: Path) -> list[Facts]:
     """Return the facts of every picture in `folder`."""
-    return [Facts(**{**fact, "names": tuple(fact["names"])}) for fact in json.loads((folder / "facts.json").read_text(encoding="utf-8"))]
+    entries = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    return [Facts(**{**entry, "names": tuple(entry["names"])}) for entry in entries]
 
 
 def _variants(
@@ -191,7 +196,7 @@ def _variants(
     named_for_colour = subject.label.split()[0] in PAINTS and subject.label.split()[-1] in ("heart", "circle", "square")
     colours = [] if named_for_colour else [word for word in PAINTS if word != own and word not in taken]
     # A subject on a ground of its own colour cannot be seen.
-    grounds = [word for word in GROUNDS if own not in word.split() and word not in away] if own else [g for g in GROUNDS if g not in away]
+    grounds = [word for word in GROUNDS if (not own or own not in word.split()) and word not in away]
     variants = [("", "")] * (2 if flat else 5)
     variants += [(word, "") for word in rng.sample(colours, min(len(colours), 1 if flat else 3))]
     variants += [("", word) for word in rng.sample(grounds, 2 if flat else 4)]

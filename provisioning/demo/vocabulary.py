@@ -44,10 +44,11 @@ ENDINGS: Final = (
 )
 # Plural in form, or without an article.
 NO_ARTICLE: Final = frozenset({
-    "grapes", "cherries", "pancakes", "french fries", "fries", "popcorn", "sushi", "bacon", "cheese", "garlic", "corn", "broccoli",
+    "grapes", "cherries", "pancakes", "french fries", "fries", "popcorn", "sushi", "bacon", "cheese", "garlic", "corn",
+    "broccoli",
     "fire", "fireworks", "glasses", "sunglasses", "jeans", "pants", "socks", "headphones", "scissors", "soda", "wine", "beer",
     "coffee", "tea", "milk", "books", "money", "lightning", "santa claus", "santa", "rain", "bubble tea", "cake", "ice cream",
-    "earth", "saturn", "soccer", "basketball", "tennis", "jeans", "boba",
+    "earth", "saturn", "soccer", "basketball", "tennis", "boba",
 })
 
 
