@@ -7,7 +7,7 @@ DEV := .venv-dev/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: help run test check lint types setup setup-dev system system-dev lock goldens demo bench clean
+.PHONY: help run test check lint types setup setup-dev system system-dev lock goldens demo clean
 
 help:  ## list what make can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,19 +29,19 @@ types: setup-dev  ## check the types with mypy --strict
 setup: .venv/.ready  ## install the appliance alone (no torch) into .venv
 setup-dev: .venv-dev/.ready  ## install both sides and the tests' tools into .venv-dev
 
-.venv/.ready: pyproject.toml requirements/appliance.lock | system
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Darkroom needs Python 3.11 or newer"; exit 2; }
+.venv/.ready: pyproject.toml requirements/build.lock requirements/appliance.lock | system
 	@echo "installing the appliance into .venv"
 	@$(PYTHON) -m venv .venv
-	@$(RUN)/pip install --quiet --require-hashes --requirement requirements/appliance.lock
+	@$(RUN)/pip install --quiet --require-hashes --no-deps --requirement requirements/build.lock
+	@$(RUN)/pip install --quiet --require-hashes --no-deps --no-build-isolation --requirement requirements/appliance.lock
 	@$(RUN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.venv-dev/.ready: pyproject.toml requirements/appliance.lock requirements/dev.txt | system-dev
+.venv-dev/.ready: pyproject.toml requirements/build.lock | system-dev
 	@echo "installing both sides and the tests' tools into .venv-dev (torch's CPU build among them: some minutes)"
 	@$(PYTHON) -m venv .venv-dev
-	@$(DEV)/pip install --quiet --requirement requirements/dev.txt
-	@$(DEV)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(DEV)/pip install --quiet --require-hashes --no-deps --requirement requirements/build.lock
+	@$(DEV)/pip install --quiet --no-build-isolation --editable '.[cpu,provisioning,dev]'
 	@touch $@
 
 system:  # Debian packages that systemd-python is built against
@@ -49,17 +49,15 @@ system:  # Debian packages that systemd-python is built against
 system-dev: system  # … and those that the tests drive: a browser, the demo's drawings, a second witness for signatures
 	@sh packaging/debian-packages chromium openssl
 
-lock:  ## write the lock with hashes anew
-	$(DEV)/python -m piptools compile --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-find-links --extra cpu --output-file requirements/appliance.lock pyproject.toml
+lock: setup-dev  ## write the locks with hashes anew
+	$(DEV)/python packaging/lock.py
 
 goldens: setup-dev  ## make the samplers' golden arrays anew with diffusers
 	$(DEV)/python -m provisioning.goldens
+	$(DEV)/python tests/test_sampling.py docs/sampler-parity.md
 
 demo: setup-dev  ## train the built-in model anew (hours on two cores)
 	$(DEV)/darkroom-provision train-demo
-
-bench: setup-dev  ## measure speed on this machine, as ratios taken side by side
-	$(DEV)/python -m benchmarks
 
 clean:  ## remove what make installed
 	rm -rf .venv .venv-dev

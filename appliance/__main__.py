@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # Whoever read our output has what they wanted; Python would complain again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:
+    except Exception as error:      # noqa: BLE001     # the last resort of a command: nothing is swallowed, it ends with 1
         # The type and the place, and not the text: an unforeseen exception may quote what it was working on.
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="darkroom", description="A sealed room where images are developed.", allow_abbrev=False,
-        epilog="exit codes: 0 done, 1 unexpected, 2 usage or bad request, 3 verification refused, 4 vault, 5 engine, 6 not sealed",
+        epilog="exit codes: 0 done, 1 unexpected, 2 usage or bad request, 3 verification refused, 4 vault, 5 engine, "
+        "6 not sealed",
     )
     parser.add_argument("--version", action="version", version=f"darkroom {version('darkroom')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -69,13 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         "generate", help="make pictures from a prompt on standard input", allow_abbrev=False,
         description="Make pictures from a prompt that is read from standard input or a file.",
     )
-    generate.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from FILE (default: standard input)")
+    generate.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from FILE, not stdin")
     generate.add_argument("--negative-file", type=Path, metavar="FILE", help="read what to avoid from FILE")
     generate.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture; with --count, PNG-SEED.png for each")
     generate.add_argument("--steps", metavar="N", help=f"denoising steps, 1 to {MOST_STEPS} (default: the model's own)")
     generate.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: the model's own)")
     generate.add_argument("--spacing", metavar="NAME", help=f"of the sigmas: {' or '.join(SPACINGS)}")
-    generate.add_argument("--guidance", metavar="SCALE", help=f"guidance scale, 0 to {MOST_GUIDANCE:g} (default: the model's own)")
+    generate.add_argument("--guidance", metavar="SCALE", help=f"guidance scale, 0 to {MOST_GUIDANCE:g}")
     generate.add_argument("--seed", metavar="N", help="seed of the first picture (default: a random one, which is printed)")
     generate.add_argument("--count", metavar="N", help="how many pictures (default 1)")
     generate.add_argument("--size", metavar="WxH", help="in pixels (default: the model's own)")
@@ -187,7 +188,9 @@ def _generate(given: argparse.Namespace) -> None:
         progress=developing.bar(sys.stderr) if sys.stderr.isatty() else None,
     )
     if given.json:
-        print(json.dumps([{"path": str(one.path), "seed": one.seed, "variant": one.variant, "sha256": one.digest} for one in made]))
+        print(json.dumps([
+            {"path": str(one.path), "seed": one.seed, "variant": one.variant, "sha256": one.digest} for one in made
+        ]))
     else:
         for one in made:
             print(f"{one.path}  seed {one.seed}")

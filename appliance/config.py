@@ -85,7 +85,8 @@ def read(path: Path) -> dict[str, object]:
             raise BadRequest("config", f"{path}: larger than {LARGEST_FILE} bytes")
         return tomllib.loads(raw.decode("utf-8"))
     except OSError as error:
-        raise BadRequest("config", f"{path}: {(error.strerror or 'cannot be read').lower()}", hint="name a file that can be read") from None
+        fact = (error.strerror or "cannot be read").lower()
+        raise BadRequest("config", f"{path}: {fact}", hint="name a file that can be read") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadRequest("config", f"{path}: not valid TOML: {error}") from None
 

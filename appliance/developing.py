@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from appliance.errors import BadRequest
-from appliance.request import LARGEST_SEED, GenerationRequest
+from appliance.request import GenerationRequest
 from appliance.trust.verify import TrustedKey, verify
 
 if TYPE_CHECKING:

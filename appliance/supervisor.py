@@ -48,7 +48,7 @@ _MOST_ENDS: Final = 5           # of children, within `_ENDS_WINDOW` seconds
 _ENDS_WINDOW: Final = 60.0
 
 
-class _Closing(Exception):      # noqa: N818     # not an error: the way out of whatever is being waited for
+class _Closing(Exception):      # not an error: the way out of whatever is being waited for
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
@@ -192,7 +192,8 @@ class _Supervisor:
         self._await(Event.WORKER_READY, _ANSWER_LIMIT)
 
     def _hand_over_engine(self) -> None:
-        assert self._link is not None and self._wire is not None     # noqa: S101     # both were just made
+        if self._link is None or self._wire is None:
+            raise _PagesEnded
         socket.send_fds(self._link, [NEW_ENGINE], [self._wire.fileno()])
         # The worker holds the only end now: its wire closes when the engine does, and the other way round.
         self._wire.close()

@@ -145,7 +145,7 @@ def test_nobody_else_was_told_the_canary(went_through: tuple[Appliance, list[tup
 
 def test_the_picture_holds_its_pixels_and_nothing_else(went_through: tuple[Appliance, list[tuple[str, bytes]]]) -> None:
     png = next(content for name, content in went_through[1] if name == "the picture")
-    assert set(kind for kind, _ in chunks_raw(png)) <= {"IHDR", "sRGB", "IDAT", "IEND"}
+    assert {kind for kind, _ in chunks_raw(png)} <= {"IHDR", "sRGB", "IDAT", "IEND"}
 
 
 def chunks_raw(png: bytes) -> Iterator[tuple[str, int]]:

@@ -25,7 +25,7 @@ def darkroom(
 ) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-P", "-m", "appliance", *arguments], input=prompt, capture_output=True, timeout=120, check=False,
-        cwd=folder, preexec_fn=before,     # noqa: PLW1509     # the tests that use it are single-threaded
+        cwd=folder, preexec_fn=before,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     )
 

@@ -59,7 +59,7 @@ def serve(limits: Limits, descriptors: Descriptors, *, supervisor: int) -> None:
 class _Silence(Logger):      # type: ignore[misc]     # gunicorn publishes no types
     """A gunicorn logger that has no place to write to: what it is given may quote a request."""
 
-    def setup(self, cfg: Any) -> None:
+    def setup(self, cfg: Any) -> None:      # noqa: ARG002     # gunicorn's name for it
         self.error_log.handlers = self.access_log.handlers = []
         self.error_log.propagate = self.access_log.propagate = False
         self.error_log.disabled = self.access_log.disabled = True
@@ -112,7 +112,7 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
         die_with_parent(self._arbiter)
         forbid_core_dumps()
 
-    def _worker_ended(self, arbiter: Any, _worker: object) -> None:
+    def _worker_ended(self, _arbiter: object, _worker: object) -> None:
         # A worker that ended took the pictures with it: that is a close. gunicorn would fork another one, whose link and
         # engine are somebody else's past, so the arbiter ends too and the supervisor starts afresh.
         os._exit(1)
