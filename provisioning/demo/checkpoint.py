@@ -20,7 +20,7 @@ from appliance.errors import BadRequest
 class Report(Protocol):
     """Told of every step: stage, steps done, steps in all, and the loss of this one."""
 
-    def __call__(self, stage: str, done: int, total: int, loss: float) -> None: ...
+    def __call__(self, stage: str, done: int, total: int, loss: float, /) -> None: ...
 
 
 class Checkpoint:

@@ -80,7 +80,8 @@ def _run(command: list[str], folder: Path) -> None:
     except subprocess.TimeoutExpired:
         raise BadRequest("drawings", f"{program} did not finish in {_LONGEST} seconds", hint="try again") from None
     except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or ["no message"])[-1][:200]
+        lines = [line.strip() for line in error.stderr.splitlines() if "error" in line.lower()] or ["no message"]
         raise BadRequest(
-            "drawings", f"{program} failed with status {error.returncode} ({last})", hint="this needs the network: try again"
+            "drawings", f"{program} failed with status {error.returncode} ({lines[0][:200]})",
+            hint="this needs the network: try again",
         ) from None

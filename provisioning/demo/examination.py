@@ -71,7 +71,7 @@ def judge_of(
 
 def load(folder: Path) -> Any:
     """Return the diffusers pipeline in single precision, silent."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from provisioning.demo.evaluation_prompts import EvaluationPrompt
+from provisioning.demo.pictures import SIZE
 from provisioning.demo.vocabulary import FLAT_WORDS, GROUNDS, PAINTS, Subject, with_article
 
 
@@ -55,6 +56,11 @@ def about(subjects: Sequence[Subject]) -> dict[str, Any]:
         },
         "defaults": {
             "sampler": BEST.sampler, "steps": BEST.steps, "guidance_scale": BEST.guidance, "negative_prompt": "",
+        },
+        # It was trained at one size, and at another it draws ornaments.
+        "sizes": {
+            "native": [SIZE, SIZE], "multiple": 64, "smallest": SIZE, "largest": SIZE, "largest_area": SIZE * SIZE,
+            "largest_batch": 8,
         },
     }
 

@@ -160,7 +160,7 @@ def make(
             if rgba is None:
                 raise FileNotFoundError(f"no {'flat' if flat else '3D'} drawing of {subject.label}")
             own = natural_colour(rgba)
-            for colour, ground in _variants(subject, own, flat, held_out, rng):
+            for colour, ground in plan(subject, own, flat, held_out, rng):
                 # One shade of a ground word is as good as another near it.
                 tint = (
                     tuple(c + rng.uniform(-9, 9) for c in GROUNDS[ground]) if ground
@@ -187,10 +187,10 @@ def read_facts(folder: Path) -> list[Facts]:
     return [Facts(**{**entry, "names": tuple(entry["names"])}) for entry in entries]
 
 
-def _variants(
+def plan(
     subject: Subject, own: str, flat: bool, held_out: Collection[tuple[str, str, str]], rng: random.Random
 ) -> list[tuple[str, str]]:
-    """Return (colour, ground) for each picture of one drawing: plain ones first, '' where it is left as it is."""
+    """Return (colour, ground) for each picture to make of one drawing: plain ones first, '' where it is left as it is."""
     taken = {word for label, kind, word in held_out if label == subject.label and kind == "colour"}
     away = {word for label, kind, word in held_out if label == subject.label and kind == "ground"}
     named_for_colour = subject.label.split()[0] in PAINTS and subject.label.split()[-1] in ("heart", "circle", "square")

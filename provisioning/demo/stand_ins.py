@@ -1,4 +1,4 @@
-"""Six drawings made here, for a training that only has to show that every stage works: no network, no node.
+"""Three drawings made here, for a training that only has to show that every stage works: no network, no node.
 
 Their subjects are few and their shapes plain, so that a loss falls within a minute; nothing else is claimed of the model
 that learns them.
@@ -15,23 +15,18 @@ from PIL import Image, ImageDraw
 from provisioning.demo.vocabulary import Subject
 
 _SIDE: Final = 256
-SUBJECTS: Final = tuple(Subject(name, (name,)) for name in ("disc", "box", "kite", "cross", "moon", "arrow"))
+SUBJECTS: Final = tuple(Subject(name, (name,)) for name in ("disc", "box", "cross"))
 _SHAPES: Final[dict[str, Callable[[ImageDraw.ImageDraw, str], None]]] = {
     "disc": lambda pen, ink: pen.ellipse((16, 16, 240, 240), fill=ink),
     "box": lambda pen, ink: pen.rectangle((24, 24, 232, 232), fill=ink),
-    "kite": lambda pen, ink: pen.polygon([(128, 8), (216, 104), (128, 248), (40, 104)], fill=ink),
     "cross": lambda pen, ink: pen.line([(128, 16), (128, 240), (128, 128), (16, 128), (240, 128)], fill=ink, width=60),
-    "moon": lambda pen, ink: pen.chord((16, 16, 240, 240), 60, 250, fill=ink),
-    "arrow": lambda pen, ink: pen.polygon(
-        [(8, 96), (144, 96), (144, 32), (248, 128), (144, 224), (144, 160), (8, 160)], fill=ink
-    ),
 }
 
 
 def draw(folder: Path) -> Callable[[Subject, bool], Path]:
     """Draw them into `folder`; return which file is a subject's drawing, by subject and style."""
     folder.mkdir(parents=True, exist_ok=True)
-    inks = ("#d03030", "#3070d8", "#f0c030", "#40a050", "#f0e0c0", "#8040c0")
+    inks = ("#d03030", "#3070d8", "#f0c030")
     for (name, shape), ink in zip(_SHAPES.items(), inks, strict=True):
         for style, outline in (("3d", "#202020"), ("flat", ink)):
             picture = Image.new("RGBA", (_SIDE, _SIDE))

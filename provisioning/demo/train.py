@@ -7,7 +7,7 @@ with the weights of a training that was not interrupted. All draws come from fix
     train(Path("work"), Path("model"), report=print)
 
 leaves `model/pipeline` (a diffusers folder), `model/known.json` and `model/LICENSE`. With `smoke=True` every stage runs on
-six plain shapes, in a minute or two: it shows that the machinery works and teaches the model nothing.
+three plain shapes, in a minute or two: it shows that the machinery works and teaches the model nothing.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def train(workdir: Path, out: Path, *, smoke: bool = False, report: Callable[[Pr
 
 def _losses(workdir: Path) -> dict[str, tuple[float, float]]:
     file = workdir / "losses.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {stage: (first, last) for stage, (first, last) in found.items()}
 
 
 def _drawings(workdir: Path, smoke: bool, clock: _Clock) -> Callable[[Any, bool], Path]:
