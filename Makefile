@@ -33,7 +33,7 @@ setup-dev: .venv-dev/.ready  ## install both sides and the tests' tools into .ve
 	@echo "installing the appliance into .venv"
 	@$(PYTHON) -m venv .venv
 	@$(RUN)/pip install --quiet --require-hashes --no-deps --requirement requirements/build.lock
-	@$(RUN)/pip install --quiet --require-hashes --no-deps --no-build-isolation --requirement requirements/appliance.lock
+	@$(RUN)/pip install --quiet --require-hashes --no-deps --no-build-isolation --use-pep517 --requirement requirements/appliance.lock
 	@$(RUN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -160,6 +160,8 @@ def _choice(untrusted: Mapping[str, object], key: str, default: str, choices: tu
 
 def _side(untrusted: Mapping[str, object], key: str, default: int, description: ModelDescription) -> int:
     sizes = description.sizes
+    if sizes.smallest == sizes.largest and _given(untrusted, key) not in (None, default, str(default)):
+        raise BadRequest(key, f"{_spoken(key)} must be {default}: this model draws one size only", hint="leave the size out")
     side = _integer(untrusted, key, default, sizes.smallest, sizes.largest)
     if side % sizes.multiple:
         near = max(sizes.smallest, side // sizes.multiple * sizes.multiple)

@@ -66,8 +66,8 @@ def test_given_noise_takes_the_place_of_the_seeds(tmp_path: Path) -> None:
         ((), b"", "the prompt is empty"), ((), b" \n\t ", "the prompt is empty"), ((), b"\xff\xfe", "UTF-8"),
         ((), b"a\x00b", "control characters"), ((), b"x" * 100_000, "100,000 characters"),
         (("--steps", "0"), b"a", "steps"), (("--steps", "-1"), b"a", "steps"), (("--steps", "10000"), b"a", "steps"),
-        (("--steps", "NaN"), b"a", "steps"), (("--guidance", "inf"), b"a", "guidance"), (("--size", "190x192"), b"a", "multiple"),
-        (("--size", "9000x9000"), b"a", "width"), (("--size", "huge"), b"a", "width x height"), (("--sampler", "plms"), b"a", "sampler"),
+        (("--steps", "NaN"), b"a", "steps"), (("--guidance", "inf"), b"a", "guidance"), (("--size", "190x192"), b"a", "width must be 192"),
+        (("--size", "9000x9000"), b"a", "width must be 192"), (("--size", "huge"), b"a", "width x height"), (("--sampler", "plms"), b"a", "sampler"),
         (("--seed", "-1"), b"a", "seed"), (("--seed", str(2**64)), b"a", "seed"), (("--count", "0"), b"a", "count"),
         (("--latents", "none.npy"), b"a", "none.npy"), (("--prompt-file", "none.txt"), b"", "could not be read"),
         (("--model", "nowhere", "--trust", "k.pem"), b"a", "k.pem"), (("--model", "nowhere"), b"a", "--trust"),
@@ -163,3 +163,15 @@ def test_the_help_names_every_command_and_exit_code_and_no_inner_one() -> None:
     for word in ("serve", "generate", "verify", "3 verification refused"):
         assert word in said
     assert "engine" not in said.replace("5 engine", "")
+
+
+def test_two_builds_of_onnxruntime_at_once_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    other = tmp_path / "site" / "onnxruntime_gpu-1.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.0\n", encoding="ascii")
+    refused = subprocess.run(
+        [sys.executable, "-m", "appliance", "serve", "--port", "0"], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent.parent}:{other.parent}"},
+    )
+    assert refused.returncode == 2
+    assert "pip uninstall onnxruntime onnxruntime-gpu" in refused.stderr

@@ -58,6 +58,14 @@ def test_what_cannot_be_drawn_is_refused_with_a_sentence(field: str, value: obje
     assert refused.value.__cause__ is None
 
 
+@pytest.mark.parametrize(("width", "said"), [(65, "multiple of 8"), (56, "from 64 to 128"), (136, "from 64 to 128")])
+def test_a_size_between_the_models_limits_must_be_a_multiple(width: int, said: str) -> None:
+    wide = replace(DESCRIPTION, sizes=replace(DESCRIPTION.sizes, largest=128))
+    with pytest.raises(BadRequest, match=said):
+        GenerationRequest.parse({"prompt": "x", "width": width}, wide, fresh_seed=0)
+    assert GenerationRequest.parse({"prompt": "x", "width": "64"}, wide, fresh_seed=0).width == 64
+
+
 def test_ddim_with_karras_sigmas_is_refused() -> None:
     with pytest.raises(BadRequest, match="karras"):
         parse(sampler="ddim", spacing="karras")

@@ -199,3 +199,29 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(options: tuple[str, ..
     assert refused.returncode == code
     assert re.search(said, refused.stderr)
     assert "Traceback" not in refused.stderr
+
+
+def test_systemd_hears_ready_after_a_page_was_answered_and_never_for_a_tampered_model(tmp_path: Path) -> None:
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(address)
+        systemd.settimeout(60)
+        with running(environment={"NOTIFY_SOCKET": address}) as appliance:
+            assert systemd.recv(64) == b"READY=1"
+            assert Visitor(appliance.hostport).get("/").status == 200
+            # Neither child has systemd's socket: gunicorn would say READY for itself.
+            for pid in appliance.children().values():
+                assert b"NOTIFY_SOCKET" not in Path(f"/proc/{pid}/environ").read_bytes()
+            appliance.close()
+            assert systemd.recv(64) == b"STOPPING=1"
+        bundle = tmp_path / "model"
+        shutil.copytree(built_in_bundle(), bundle)
+        (bundle / "LICENSE").write_bytes(b"mine now")
+        systemd.settimeout(0.2)
+        refused = subprocess.run(
+            [sys.executable, "-m", "appliance", "serve", "--port", "0", "--model", str(bundle), "--trust", str(built_in_key())],
+            env={**os.environ, "NOTIFY_SOCKET": address}, check=False, capture_output=True, timeout=120,
+        )
+        assert refused.returncode == 3
+        with pytest.raises(TimeoutError):
+            systemd.recv(64)
