@@ -159,7 +159,7 @@ def name(model: Classifier, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return (n, subjects) probabilities for (n, height, width, 3) uint8 pictures of any size."""
     answers = []
     for part in np.array_split(pictures, max(1, len(pictures) // 64)):
-        x = torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = torch.from_numpy(np.array(part)).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.inference_mode():
             answers.append(model(functional.interpolate(x, size=(SIDE, SIDE), mode="area")).softmax(1).numpy())
     return np.concatenate(answers)

@@ -136,9 +136,10 @@ def hand_in(
     seeds = len({answer.seed for answer in answers})
     folder.mkdir(parents=True, exist_ok=True)
     nearest = []
+    thumbnails = scoring.thumbnail(training)
     # Evenly through the prompts, first seeds: not the best ones, nor the worst.
     for number in range(0, len(pictures), len(pictures) // _NEAREST_SHOWN)[:_NEAREST_SHOWN]:
-        found, distance = scoring.nearest(pictures[number], training)
+        found, distance = scoring.nearest(pictures[number], thumbnails)
         shows = subjects[facts[found].subject].label
         nearest.append((pictures[number], training[found], answers[number].prompt, shows, distance))
     right = [answer.named == answer.subject for answer in answers]

@@ -80,9 +80,8 @@ def overlap(one: Picture, other: Picture) -> float:
     return float((a & b).sum() / max(1, (a | b).sum()))
 
 
-def nearest(picture: Picture, pictures: NDArray[np.uint8]) -> tuple[int, float]:
-    """Return the picture that is nearest by root mean square on 32×32 thumbnails, and that distance, of 255."""
-    thumbnails = thumbnail(pictures)
+def nearest(picture: Picture, thumbnails: NDArray[np.float32]) -> tuple[int, float]:
+    """Return which of many thumbnails is nearest to the picture's by root mean square, and that distance, of 255."""
     distances = np.sqrt(np.square(thumbnails - thumbnail(picture[None])).mean((1, 2, 3)))
     best = int(distances.argmin())
     return best, float(distances[best])

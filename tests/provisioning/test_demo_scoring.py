@@ -57,7 +57,7 @@ def test_a_changed_tint_shows_in_the_difference_and_not_in_the_shape() -> None:
 
 def test_the_nearest_picture_is_found() -> None:
     shelf = np.stack([picture((255, 255, 255), (220, 40, 40), left) for left in (10, 50, 100)])
-    found, distance = scoring.nearest(picture((255, 255, 255), (215, 45, 40), 52), shelf)
+    found, distance = scoring.nearest(picture((255, 255, 255), (215, 45, 40), 52), scoring.thumbnail(shelf))
     assert found == 1
     assert distance < 30
 
