@@ -8,16 +8,18 @@ A prompt comes from standard input or a file, never from an argument: arguments 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
-from appliance.config import Config, built_in_bundle, built_in_key, read
+from appliance.config import MOST_THREADS, Config, built_in_bundle, built_in_key, read
 from appliance.errors import BadRequest, DarkroomError
 from appliance.evidence.journal import EventPipe, to_journal
 from appliance.request import MOST_GUIDANCE, MOST_STEPS, SAMPLERS, SPACINGS
@@ -40,18 +42,41 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:      # noqa: BLE001     # the last resort of a command: nothing is swallowed, it ends with 1
-        # The type and the place, and not the text: an unforeseen exception may quote what it was working on.
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace is not None else "an unknown place"
-        _say(f"unexpected {type(error).__name__} at {place}; this is a defect of Darkroom")
+        _confess(error)
         sys.exit(1)
     sys.exit(0)
 
 
+def _confess(error: BaseException) -> None:
+    """Say the type and the place of a defect, and not its text, which may quote what was being worked on."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace is not None else "an unknown place"
+    _say(f"unexpected {type(error).__name__} at {place}; this is a defect of Darkroom")
+
+
+def _end_with_a_stray_exception(stray: threading.ExceptHookArgs) -> None:
+    """End the process for a defect in one of its threads: Python would print its text and go on without the thread."""
+    _confess(stray.exc_value or stray.exc_type())
+    os._exit(1)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that does not repeat what it was given: a prompt that was put on the command line goes to no log."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        if "unrecognized arguments" in message:
+            message = "an argument is not known; a prompt is read from standard input or a file, never from an argument"
+        elif "invalid" in message:
+            message = message.partition("invalid")[0] + "invalid value or command"
+        _say(message)
+        self.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="darkroom", description="A sealed room where images are developed.", allow_abbrev=False,
         epilog="exit codes: 0 done, 1 unexpected, 2 usage or bad request, 3 verification refused, 4 vault, 5 engine, "
         "6 not sealed",
@@ -72,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from FILE, not stdin")
     generate.add_argument("--negative-file", type=Path, metavar="FILE", help="read what to avoid from FILE")
-    generate.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture; with --count, PNG-SEED.png for each")
+    generate.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture; with --count, one for each seed")
     generate.add_argument("--steps", metavar="N", help=f"denoising steps, 1 to {MOST_STEPS} (default: the model's own)")
     generate.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: the model's own)")
     generate.add_argument("--spacing", metavar="NAME", help=f"of the sigmas: {' or '.join(SPACINGS)}")
@@ -175,8 +200,12 @@ def _installed(distribution: str) -> bool:
 
 def _generate(given: argparse.Namespace) -> None:
     from appliance import developing
+    from appliance.seal.confine import forbid_core_dumps
 
+    forbid_core_dumps()
     _check_runtime()
+    if given.threads is not None and not 1 <= given.threads <= MOST_THREADS:
+        raise BadRequest("threads", f"threads must be from 1 to {MOST_THREADS}")
     bundle, keys = _bundle_and_keys(given.model, given.trust)
     made = developing.develop(
         bundle=bundle,
@@ -215,6 +244,8 @@ def _fields(given: argparse.Namespace) -> dict[str, object]:
 def _text(path: Path | None, what: str) -> str:
     """Return a prompt from a file or from standard input. Raises `BadRequest`, without quoting it."""
     most = 1 << 20
+    if path is None and sys.stdin is None:
+        raise BadRequest("prompt_file", f"the {what} cannot be read: standard input is closed", hint="use --prompt-file")
     if path is None and sys.stdin.isatty():
         _say(f"type the {what}, then Ctrl+D")
     try:
@@ -271,6 +302,7 @@ def _bundle_and_keys(bundle: Path | None, keys: list[Path] | None) -> tuple[Path
 def _engine(given: argparse.Namespace) -> None:
     from appliance.engine.process import run
 
+    threading.excepthook = _end_with_a_stray_exception
     run(
         bundle=given.bundle, trusted=given.trust, threads=given.threads, end=socket.socket(fileno=given.wire),
         events=EventPipe(given.events), supervisor=given.supervisor,
@@ -280,6 +312,7 @@ def _engine(given: argparse.Namespace) -> None:
 def _pages(given: argparse.Namespace) -> None:
     from appliance.web.server import Descriptors, Limits, serve
 
+    threading.excepthook = _end_with_a_stray_exception
     serve(
         Limits(given.queue, given.memory_for_pictures, tuple(given.host)),
         Descriptors(given.listener, given.link, given.events),
@@ -291,7 +324,9 @@ def _pages(given: argparse.Namespace) -> None:
 
 
 def _say(sentence: str) -> None:
-    print(f"darkroom: {sentence}", file=sys.stderr, flush=True)
+    # A log that cannot be written must not end what it is about.
+    with contextlib.suppress(OSError):
+        print(f"darkroom: {sentence}", file=sys.stderr, flush=True)
 
 
 def _complain(error: DarkroomError, *, as_json: bool) -> None:
@@ -299,7 +334,8 @@ def _complain(error: DarkroomError, *, as_json: bool) -> None:
         print(json.dumps({"error": error.reason, "message": str(error), "hint": error.hint}), flush=True)
     _say(str(error))
     if error.hint is not None:
-        print(f"          {error.hint}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"          {error.hint}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from typing import Final
 from appliance.errors import BadRequest
 
 LARGEST_FILE: Final = 1 << 20     # bytes
+MOST_THREADS: Final = 256
 _KEYS: Final = {
     "listen": {"host", "port"},
     "model": {"bundle", "trust"},
@@ -64,7 +65,7 @@ class Config:
             trust=trust,
             queue=document.whole("limits", "queue", 8, 1, 1000),
             memory_for_pictures=document.whole("limits", "memory_for_pictures", 512, 1, 1 << 20) << 20,
-            threads=document.whole("limits", "threads", 0, 0, 1024) or None,
+            threads=document.whole("limits", "threads", 0, 0, MOST_THREADS) or None,
         )
         if not is_loopback(config.host):
             document.errors.append(

@@ -2,7 +2,8 @@
 
 Nothing is begun before it can be finished: the request is parsed and the place for the pictures is opened first. A picture
 is written to a file without a name and linked into place whole, so that an interruption or a full disk leaves either the
-picture or what was there before, and never half of one or a temporary file.
+picture or what was there before, and never half of one. (Only where a picture takes the place of another has it a second
+name for an instant, which a power cut in that instant could leave.)
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import os
 import secrets
 import time
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from appliance.errors import BadRequest
 from appliance.request import GenerationRequest
@@ -59,7 +61,10 @@ def develop(
     """
     model = verify(bundle, [TrustedKey.load(key) for key in trusted])
     request = GenerationRequest.parse(fields, model.description, fresh_seed=secrets.randbelow(2**32))
-    _check_folder(out)
+    seeds = range(request.seed, request.seed + request.count)
+    paths = [out if request.count == 1 else out.with_name(f"{out.stem}-{seed}{out.suffix}") for seed in seeds]
+    for path in paths:
+        _check_place(path)
     noise = None if latents is None else _read_latents(latents)
 
     # After the checks: importing onnxruntime takes longer than all of them.
@@ -72,8 +77,8 @@ def develop(
 
     made = []
     pipeline = Pipeline(model, threads=threads)
-    for picture in pipeline.generate(request, on_step=on_step, cancelled=lambda: False, latents=noise):
-        path = out if request.count == 1 else out.with_name(f"{out.stem}-{picture.seed}{out.suffix}")
+    pictures = pipeline.generate(request, on_step=on_step, cancelled=lambda: False, latents=noise)
+    for path, picture in zip(paths, pictures, strict=True):
         png = encode_png(picture.pixels)
         write_whole(path, png)
         made.append(Made(path, picture.seed, picture.variant, hashlib.sha256(png).hexdigest()))
@@ -89,14 +94,18 @@ def write_whole(path: Path, content: bytes) -> None:
                 while view:
                     view = view[file.write(view) :]
             os.fsync(descriptor)
+            source = f"/proc/self/fd/{descriptor}"
+            # (src_dir_fd changes nothing for an absolute path, but without it Python calls link(2), which follows no link.)
+            with contextlib.suppress(FileExistsError):
+                os.link(source, path, src_dir_fd=descriptor, follow_symlinks=True)
+                return
             # linkat(2) takes no name that exists: a second name first, then renamed over the old file in one step.
             beside = path.with_name(f".{secrets.token_hex(8)}.darkroom")
-            # (src_dir_fd changes nothing for an absolute path, but without it Python calls link(2), which follows no link.)
-            os.link(f"/proc/self/fd/{descriptor}", beside, src_dir_fd=descriptor, follow_symlinks=True)
             try:
+                os.link(source, beside, src_dir_fd=descriptor, follow_symlinks=True)
                 beside.replace(path)
-            except OSError:
-                beside.unlink()
+            except BaseException:       # an interruption too
+                beside.unlink(missing_ok=True)
                 raise
     except OSError as error:
         raise _cannot_write(path, error) from None
@@ -112,13 +121,13 @@ def _nameless(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _check_folder(out: Path) -> None:
+def _check_place(out: Path) -> None:
     """Find out that `out` cannot be written before a picture was made for it. Raises `BadRequest`."""
-    if out.is_dir():
-        raise BadRequest("out", f"{out}: is a folder", hint="name a file, for example --out picture.png")
-    if out.suffix.lower() != ".png":
-        raise BadRequest("out", f"{out}: pictures are written as PNG", hint="let the name end in .png")
     try:
+        if out.is_dir():
+            raise BadRequest("out", f"{out}: is a folder", hint="name a file, for example --out picture.png")
+        if out.suffix.lower() != ".png":
+            raise BadRequest("out", f"{out}: pictures are written as PNG", hint="let the name end in .png")
         with _nameless(out.parent):
             pass
     except OSError as error:
@@ -143,14 +152,20 @@ def _read_latents(path: Path) -> NDArray[np.float32]:
         raise BadRequest("latents", f"{path}: {(error.strerror or 'unknown').lower()}") from None
     if len(raw) > _LARGEST_LATENTS:
         raise BadRequest("latents", f"{path}: larger than {_LARGEST_LATENTS} bytes")
+    npy = io.BytesIO(raw)
     try:
-        # Never as pickle: an .npy of objects would be code.
-        noise: NDArray[Any] = np.load(io.BytesIO(raw), allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+        # The header alone first, and never as pickle: an .npy of objects would be code, and one may claim any size.
+        version = np.lib.format.read_magic(npy)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran, dtype = readers[version](npy)
+    except (ValueError, KeyError, EOFError, SyntaxError):
         raise BadRequest("latents", f"{path}: not an .npy file of numbers", hint="save it with numpy.save, as float32") from None
-    if noise.dtype != np.float32:
-        raise BadRequest("latents", f"{path}: holds {noise.dtype}, and float32 is needed", hint="noise.astype('float32')")
-    return noise
+    if dtype != np.float32:
+        raise BadRequest("latents", f"{path}: holds {dtype}, and float32 is needed", hint="noise.astype('float32')")
+    content = raw[npy.tell() :]
+    if math.prod(shape) * dtype.itemsize != len(content):
+        raise BadRequest("latents", f"{path}: its size is not what its header says", hint="save it anew with numpy.save")
+    return np.frombuffer(content, np.float32).reshape(shape, order="F" if fortran else "C").copy()
 
 
 def bar(terminal: TextIO) -> Callable[[StepProgress, int], None]:

@@ -30,8 +30,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from types import FrameType
 from typing import Final
 
@@ -44,6 +44,7 @@ NEW_ENGINE: Final = b"E"        # the message that carries an engine's wire to t
 _GRACE: Final = 1.5             # seconds between asking gunicorn to end and ending it
 _START_LIMIT: Final = 600.0     # seconds for verifying and loading a large model
 _ANSWER_LIMIT: Final = 30.0     # seconds for the pages to answer
+_PAGE_LIMIT: Final = 10.0       # … for one of them, asked for by the supervisor itself
 _MOST_ENDS: Final = 5           # of children, within `_ENDS_WINDOW` seconds
 _ENDS_WINDOW: Final = 60.0
 
@@ -67,9 +68,8 @@ def serve(config: Config, *, ready: Callable[[str], None], publish: Callable[[Re
     `ready` is called with the address once a request has been answered. Raises `BadRequest` where the port cannot be had,
     `VerificationRefused` where the model is not what a trusted key signed, `EngineError` where children keep ending.
     """
-    listener = listen(config.host, config.port)
-    with listener, _closing_signals():
-        _Supervisor(config, listener, ready, publish).run()
+    with listen(config.host, config.port) as listener, closing(_Signals()) as signals:
+        _Supervisor(config, listener, signals, ready, publish).run()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -102,31 +102,44 @@ def address(listener: socket.socket, host: str) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
 
 
-@contextmanager
-def _closing_signals() -> Iterator[None]:
-    """Turn the closing signals into `_Closing`, once; what follows the first one must be let finish."""
+class _Signals:
+    """The closing signals, written down when they come and acted on where the supervisor waits.
 
-    def close(signum: int, _: FrameType | None) -> None:
-        for other in CLOSING:
-            signal.signal(other, signal.SIG_IGN)
-        raise _Closing(signum)
+    A handler that raised would be lost in a destructor, and would tear up whatever was half done.
+    """
 
-    before = {signum: signal.signal(signum, close) for signum in CLOSING}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.fd, self._end = os.pipe()
+        os.set_blocking(self._end, False)
+        signal.set_wakeup_fd(self._end, warn_on_full_buffer=False)
+        self._before = {signum: signal.signal(signum, self._write_down) for signum in CLOSING}
+
+    def _write_down(self, signum: int, _: FrameType | None) -> None:
+        self.received = self.received or signum
+
+    def close(self) -> None:
+        for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self.fd)
+        os.close(self._end)
 
 
 class _Supervisor:
     """The children and the pipes to them; one thread."""
 
     def __init__(
-        self, config: Config, listener: socket.socket, ready: Callable[[str], None], publish: Callable[[Record], None]
+        self,
+        config: Config,
+        listener: socket.socket,
+        signals: _Signals,
+        ready: Callable[[str], None],
+        publish: Callable[[Record], None],
     ) -> None:
         self._config = config
         self._listener = listener
+        self._signals = signals
         self._ready = ready
         self._publish = publish
         self._events, self._events_end = os.pipe()
@@ -145,11 +158,11 @@ class _Supervisor:
             self._ready(address(self._listener, self._config.host))
             while True:
                 self._watch()
-        except _Closing as closing:
+        except _Closing as told:
             notify("STOPPING=1")
             started = time.monotonic()
             self._end_everything()
-            self._publish(Record(Event.CLOSED, closing.signum, round(1000 * (time.monotonic() - started))))
+            self._publish(Record(Event.CLOSED, told.signum, round(1000 * (time.monotonic() - started))))
         finally:
             self._end_everything()
             for fd in (self._events, self._events_end):
@@ -162,7 +175,6 @@ class _Supervisor:
         self._start_engine()
         self._start_pages()
         self._hand_over_engine()
-        self._await(Event.WORKER_HAS_ENGINE, _ANSWER_LIMIT)
         self._ask_for_a_page()
 
     def _start_engine(self) -> None:
@@ -198,13 +210,14 @@ class _Supervisor:
         # The worker holds the only end now: its wire closes when the engine does, and the other way round.
         self._wire.close()
         self._wire = None
+        self._await(Event.WORKER_HAS_ENGINE, _ANSWER_LIMIT)
 
     def _ask_for_a_page(self) -> None:
         """Ask for a page as a browser would: ready is what was answered, not what was started."""
         host, port = self._listener.getsockname()[:2]
         name = allowed_hosts(self._listener, self._config.host)[0]
         try:
-            with socket.create_connection((host, port), timeout=_ANSWER_LIMIT) as connection:
+            with socket.create_connection((host, port), timeout=_PAGE_LIMIT) as connection:
                 connection.sendall(f"GET /static/ready.txt HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode("ascii"))
                 answer = connection.recv(64)
         except OSError as error:
@@ -220,8 +233,15 @@ class _Supervisor:
             self._publish(record)
         if self._pages is not None and self._pages.poll() is not None:
             self._begin_afresh()
-        elif self._engine is not None and (status := self._engine.poll()) is not None:
-            self._publish(Record(Event.ENGINE_ENDED, status))
+        elif self._engine is not None and self._engine.poll() is not None:
+            self._replace_engine()
+
+    def _replace_engine(self) -> None:
+        """Start the next engine for the worker that is there, again and again while engines keep ending."""
+        while True:
+            if self._engine is not None:
+                self._publish(Record(Event.ENGINE_ENDED, self._engine.poll() or 0))
+                _end(self._engine, 0)
             self._count_an_end()
             try:
                 self._start_engine()
@@ -229,23 +249,32 @@ class _Supervisor:
             except (_PagesEnded, OSError):
                 # The engine had ended because its worker did, which shows a moment later.
                 self._begin_afresh()
+            except EngineError:
+                continue
+            return
 
     def _begin_afresh(self) -> None:
         """Close, since the worker has ended and what it held is gone, and open again."""
-        if self._pages is not None:
-            self._publish(Record(Event.WORKER_ENDED, self._pages.poll() or 0))
-        self._count_an_end()
-        self._end_everything()
-        self._open()
+        while True:
+            if self._pages is not None:
+                self._publish(Record(Event.WORKER_ENDED, self._pages.poll() or 0))
+            self._count_an_end()
+            self._end_everything()
+            try:
+                self._open()
+            except (EngineError, OSError):
+                continue
+            return
 
     def _await(self, event: Event, limit: float) -> None:
         """Return when a child says `event`; raise as soon as one ends instead, or when `limit` seconds have passed."""
         until = time.monotonic() + limit
         while time.monotonic() < until:
-            for record in self._heard(0.1):
+            heard = self._heard(0.1)
+            for record in heard:
                 self._publish(record)
-                if record.event == event:
-                    return
+            if any(record.event == event for record in heard):
+                return
             if self._pages is not None and self._pages.poll() is not None:
                 raise _PagesEnded
             if self._engine is not None and (status := self._engine.poll()) is not None:
@@ -253,9 +282,13 @@ class _Supervisor:
         raise EngineError("start", f"{event.name.lower().replace('_', ' ')} was waited for longer than {limit:.0f} seconds")
 
     def _heard(self, seconds: float) -> list[Record]:
-        """Return the events that children have said, waiting at most `seconds` for the first."""
-        readable, _, _ = select.select([self._events], [], [], seconds)
-        if readable:
+        """Return the events that children have said, waiting at most `seconds` for the first. Raises `_Closing`."""
+        readable: list[int] = []
+        if self._signals.received is None:
+            readable, _, _ = select.select([self._events, self._signals.fd], [], [], seconds)
+        if self._signals.received is not None:
+            raise _Closing(self._signals.received)
+        if self._events in readable:
             self._unread += os.read(self._events, 4096)
         return list(records(self._unread))
 

@@ -69,6 +69,7 @@ def test_given_noise_takes_the_place_of_the_seeds(tmp_path: Path) -> None:
         (("--steps", "NaN"), b"a", "steps"), (("--guidance", "inf"), b"a", "guidance"), (("--size", "190x192"), b"a", "width must be 192"),
         (("--size", "9000x9000"), b"a", "width must be 192"), (("--size", "huge"), b"a", "width x height"), (("--sampler", "plms"), b"a", "sampler"),
         (("--seed", "-1"), b"a", "seed"), (("--seed", str(2**64)), b"a", "seed"), (("--count", "0"), b"a", "count"),
+        (("--threads", "0"), b"a", "threads"), (("--threads", "100000"), b"a", "threads"), (("--threads", "many"), b"a", "--threads"),
         (("--latents", "none.npy"), b"a", "none.npy"), (("--prompt-file", "none.txt"), b"", "could not be read"),
         (("--model", "nowhere", "--trust", "k.pem"), b"a", "k.pem"), (("--model", "nowhere"), b"a", "--trust"),
         ((), b"a [red:blue:0.5] apple", "from:to"), ((), b"an apple <lora:style:1>", "lora"), ((), b"apple BREAK pear", "BREAK"),
@@ -85,11 +86,14 @@ def test_what_cannot_be_done_is_said_in_a_sentence_and_leaves_no_file(
 
 
 def test_a_prompt_cannot_be_given_as_an_argument(tmp_path: Path) -> None:
-    assert darkroom("generate", "--out", "o.png", "a red apple", folder=tmp_path).returncode == 2
-    assert darkroom("generate", "--out", "o.png", "--prompt", "a red apple", folder=tmp_path).returncode == 2
+    for arguments in (("a red apple",), ("--prompt", "a red apple"), ("--prompt=a red apple",)):
+        refused = darkroom("generate", "--out", "o.png", *arguments, folder=tmp_path)
+        assert refused.returncode == 2
+        assert b"red apple" not in refused.stdout + refused.stderr
+        assert b"standard input" in refused.stderr
 
 
-@pytest.mark.parametrize("out", ["missing/out.png", "picture.gif", ".", "/proc/out.png"])
+@pytest.mark.parametrize("out", ["missing/out.png", "picture.gif", ".", "/proc/out.png", "x" * 300 + ".png"])
 def test_a_place_that_cannot_be_written_is_found_out_before_a_picture_is_made(tmp_path: Path, out: str) -> None:
     refused = darkroom("generate", "--out", out, folder=tmp_path)
     assert refused.returncode == 2
@@ -175,3 +179,34 @@ def test_two_builds_of_onnxruntime_at_once_are_refused_with_the_remedy(tmp_path:
     )
     assert refused.returncode == 2
     assert "pip uninstall onnxruntime onnxruntime-gpu" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"not numbers at all",
+        b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1, 4, 1099511627776), }".ljust(127) + b"\n",
+        b"\x93NUMPY\x01\x00\x76\x00{'descr': '|O', 'fortran_order': False, 'shape': (1, 4, 24, 24), }".ljust(127) + b"\n",
+        b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f8', 'fortran_order': False, 'shape': (0,), }".ljust(127) + b"\n",
+    ],
+)
+def test_latents_that_are_no_float32_array_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "noise.npy").write_bytes(content)
+    refused = darkroom("generate", "--out", "out.png", "--latents", "noise.npy", folder=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert b"noise.npy" in refused.stderr
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_an_interruption_while_a_file_is_put_in_place_leaves_no_other_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.png"
+    out.write_bytes(b"old")
+
+    def interrupted(_: Path, __: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(out, b"new")
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == b"old"

@@ -10,7 +10,7 @@ import pytest
 
 from appliance.engine import wire
 from appliance.engine.jobs import REMEMBERED, JobQueue, JobView
-from appliance.errors import QueueFull
+from appliance.errors import BadRequest, QueueFull
 from appliance.request import GenerationRequest
 from appliance.vault.volume import SessionId, Vault
 from tests.bundles import DESCRIPTION
@@ -246,3 +246,24 @@ def test_old_jobs_are_dropped_so_that_memory_is_bounded(queue: JobQueue, engine:
         engine.send(wire.Finished(number))
         until(lambda job=job: seen(queue, ANNA, job).state == "done")
     assert len(queue.jobs(ANNA)) <= REMEMBERED + 1
+
+
+def test_a_request_that_was_under_way_when_its_session_ended_begins_nothing(queue: JobQueue, engine: Engine) -> None:
+    queue.forget(ANNA)
+    with pytest.raises(BadRequest, match="session has ended"):
+        queue.submit(ANNA, asked())
+    assert queue.jobs(ANNA) == ()
+
+
+def test_an_engine_that_says_hello_before_the_last_ones_end_was_read_leaves_no_job_running_for_ever(
+    queue: JobQueue, engine: Engine
+) -> None:
+    job = queue.submit(ANNA, asked())
+    engine.started()
+    second = Engine(queue)
+    with second.end:
+        second.hello()
+        until(lambda: seen(queue, ANNA, job).state == "failed")
+        following = queue.submit(ANNA, asked())
+        second.send(wire.Finished(second.started()))
+        until(lambda: seen(queue, ANNA, following).state == "done")

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from appliance.config import built_in_bundle, built_in_key
+from provisioning.sign import keygen, sign
 from tests.conftest import Appliance, eventually, running
 from tests.visitor import Visitor
+
+ROOT = Path(__file__).parent.parent
 
 
 def darkroom(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -210,7 +213,8 @@ def test_systemd_hears_ready_after_a_page_was_answered_and_never_for_a_tampered_
             assert systemd.recv(64) == b"READY=1"
             assert Visitor(appliance.hostport).get("/").status == 200
             # Neither child has systemd's socket: gunicorn would say READY for itself.
-            for pid in appliance.children().values():
+            # (Of an ordinary user's children only root can read the environment.)
+            for pid in appliance.children().values() if os.getuid() == 0 else ():
                 assert b"NOTIFY_SOCKET" not in Path(f"/proc/{pid}/environ").read_bytes()
             appliance.close()
             assert systemd.recv(64) == b"STOPPING=1"
@@ -225,3 +229,93 @@ def test_systemd_hears_ready_after_a_page_was_answered_and_never_for_a_tampered_
         assert refused.returncode == 3
         with pytest.raises(TimeoutError):
             systemd.recv(64)
+
+
+def test_an_engine_that_is_killed_while_it_is_being_replaced_is_replaced_again() -> None:
+    with running() as appliance:
+        visitor = Visitor(appliance.hostport)
+        visitor.picture(visitor.develop("a red apple", steps="2"))
+        first = appliance.children()
+        os.kill(first["engine"], signal.SIGKILL)
+        eventually(lambda: appliance.children().get("engine") not in (None, first["engine"]))
+        os.kill(appliance.children()["engine"], signal.SIGKILL)
+        job = visitor.develop("a red apple", steps="2")
+        assert visitor.picture(job).startswith(b"\x89PNG")
+        assert appliance.children()["worker"] == first["worker"]
+
+
+def test_too_many_ends_in_a_short_time_end_the_appliance_with_exit_code_5() -> None:
+    with running() as appliance:
+        for _ in range(12):
+            if appliance.process.poll() is not None:
+                break
+            if (engine := appliance.children().get("engine")) is not None:
+                os.kill(engine, signal.SIGKILL)
+            eventually(
+                lambda engine=engine: appliance.process.poll() is not None      # type: ignore[misc]
+                or appliance.children().get("engine") not in (None, engine)
+            )
+        assert appliance.process.wait(60) == 5
+        assert "ended 5 times" in appliance.log()
+
+
+def test_a_bundle_with_the_longest_licence_opens_too(tmp_path: Path) -> None:
+    bundle = tmp_path / "model"
+    shutil.copytree(built_in_bundle(), bundle)
+    (bundle / "model.sig").unlink()
+    (bundle / "LICENSE").write_bytes(b"All rights are reserved.\n" * 40_000)
+    pair = keygen(tmp_path / "key.pem")
+    sign(bundle, pair.private)
+    with running("--model", str(bundle), "--trust", str(pair.public)) as appliance:
+        assert "All rights are reserved." in Visitor(appliance.hostport).get("/model").text
+
+
+def test_each_process_has_loaded_what_is_its_own_and_no_other(served: Appliance) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can look into processes that are not dumpable")
+    libraries = {name: Path(f"/proc/{pid}/maps").read_text(encoding="utf-8") for name, pid in served.children().items()}
+    libraries["supervisor"] = Path(f"/proc/{served.process.pid}/maps").read_text(encoding="utf-8")
+    for name, maps in libraries.items():
+        assert "torch" not in maps, name
+        for library in ("onnxruntime", "numpy", "tokenizers"):
+            assert (library in maps) is (name == "engine"), (name, library)
+
+
+def test_a_process_of_an_ordinary_user_settles_too() -> None:
+    code = """
+import ctypes, os, sys
+from appliance.seal.confine import settle
+parent = os.getpid()
+child = os.fork()
+if child == 0:
+    if os.getuid() == 0:
+        os.setgroups([]); os.setgid(65534); os.setuid(65534)
+        # Dumpable, as a program is that such a user starts: setuid(2) has just taken that away.
+        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+    settle(parent, expendable=True)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_log_that_cannot_be_written_does_not_close_the_appliance() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with open("/dev/full", "wb") as full, subprocess.Popen(     # noqa: PTH123
+        [sys.executable, "-m", "appliance", "serve", "--port", str(port)], stdout=subprocess.DEVNULL, stderr=full, cwd=ROOT
+    ) as process:
+        try:
+            eventually(lambda: _answers(port), 180)
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+def _answers(port: int) -> bool:
+    try:
+        return Visitor(f"127.0.0.1:{port}").get("/").status == 200
+    except OSError:
+        return False

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NewType
 
 from appliance.engine import wire
-from appliance.errors import DarkroomError, QueueFull, VerificationRefused
+from appliance.errors import BadRequest, DarkroomError, QueueFull, VerificationRefused
 from appliance.request import GenerationRequest
 from appliance.trust.description import ModelDescription
 from appliance.vault.volume import ImageId, SessionId, Vault
@@ -37,6 +37,7 @@ from appliance.vault.volume import ImageId, SessionId, Vault
 JobId = NewType("JobId", str)
 JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
 REMEMBERED: Final = 20
+_ENDED_SESSIONS: Final = 4096   # remembered, so that a request that was under way when its session ended begins nothing
 _MEASURED: Final = 32       # step times that the estimate is taken over
 _ONE_SECOND: Final = struct.pack("ll", 1, 0)    # a timeval
 
@@ -54,7 +55,7 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class JobView:
-    """A job as it is at one moment; `revision` changes whenever anything else here does."""
+    """A job as it is at one moment; `revision` changes with everything else here but the clock's `seconds_left`."""
 
     id: JobId
     state: JobState
@@ -110,6 +111,7 @@ class JobQueue:
         self._model: ModelCard | None = None
         self._engine: socket.socket | None = None
         self._step_times: deque[float] = deque(maxlen=_MEASURED)
+        self._ended: deque[SessionId] = deque(maxlen=_ENDED_SESSIONS)
 
     # ── What the pages ask ────────────────────────────────────────────────────
 
@@ -126,8 +128,10 @@ class JobQueue:
             return self._typical_step()
 
     def submit(self, session: SessionId, request: GenerationRequest) -> JobId:
-        """Put a request in the queue. Raises `QueueFull`."""
+        """Put a request in the queue. Raises `QueueFull`, and `BadRequest` for a session that was forgotten."""
         with self._changed:
+            if session in self._ended:
+                raise BadRequest("session_ended", "the session has ended, and nothing was begun", hint="reload the page")
             if len(self._waiting) >= self._capacity:
                 raise QueueFull(
                     f"all {self._capacity} places in the queue are taken", retry_after=self._seconds_until_a_place()
@@ -184,8 +188,12 @@ class JobQueue:
             return True
 
     def forget(self, session: SessionId) -> None:
-        """Cancel and drop every job of the session; a running one ends within a step and its picture is not kept."""
+        """End the session: cancel and drop every job of it, and take no other.
+
+        A running job ends within a step, and its picture is not kept.
+        """
         with self._changed:
+            self._ended.append(session)
             for job in [job for job in self._jobs.values() if job.session == session]:
                 if not job.ended:
                     self._cancel(job)
@@ -225,6 +233,7 @@ class JobQueue:
             ModelDescription.parse(hello.description), hello.digest, hello.key_fingerprint, hello.digests, hello.licence_text
         )
         with self._changed:
+            self._fail_running()        # of an engine that was replaced before its end was read
             self._engine, self._model = engine, card
             self._step_times.clear()
             self._start_next()
@@ -236,13 +245,18 @@ class JobQueue:
             if self._engine is not engine:
                 return
             self._engine = self._model = None
-            if self._running is not None:
-                self._end(
-                    self._running, "engine_stopped", "the engine stopped while it was developing this picture",
-                    "it is being started again: develop it once more",
-                )
+            self._fail_running()
+            for job in self._waiting:
+                job.revision += 1
             self._changed.notify_all()
         self._on_engine(False)
+
+    def _fail_running(self) -> None:
+        if self._running is not None:
+            self._end(
+                self._running, "engine_stopped", "the engine stopped while it was developing this picture",
+                "it is being started again: develop it once more",
+            )
 
     def _take(self, report: wire.Progress | wire.Picture | wire.Finished | wire.Failed) -> None:
         with self._changed:

@@ -104,12 +104,15 @@ class Pipeline:
         else:
             rows = [self._tokenizer.encode(request.prompt)]
         self._sampler(request)      # refuses what cannot be sampled, before anything is begun
-        return self._pictures(request, rows, shape, latents, on_step, cancelled)
+        return self._pictures(
+            request, rows, shape=shape, latents=latents, on_step=on_step, cancelled=cancelled
+        )
 
     def _pictures(
         self,
         request: GenerationRequest,
         rows: list[list[Chunk]],
+        *,
         shape: tuple[int, int, int],
         latents: Floats | None,
         on_step: Callable[[StepProgress], None],
@@ -128,7 +131,9 @@ class Pipeline:
                 for index in range(request.count):
                     seed = request.seed + index
                     noise = NoiseStream((seed,), shape)
-                    denoised = self._denoise(bench, request, index, noise, latents, on_step, cancelled)
+                    denoised = self._denoise(
+                        bench, request, index=index, noise=noise, start=latents, on_step=on_step, cancelled=cancelled
+                    )
                     if cancelled():
                         raise Cancelled
                     pixels = bench.decode(denoised)
@@ -145,6 +150,7 @@ class Pipeline:
         self,
         bench: _Bench,
         request: GenerationRequest,
+        *,
         index: int,
         noise: NoiseStream,
         start: Floats | None,
@@ -253,7 +259,8 @@ def _preview(denoised: Floats, space: LatentSpace) -> NDArray[np.uint8]:
 
 def _to_bytes(picture: Floats) -> NDArray[np.uint8]:
     """Return values in [-1, 1] as [0, 255]: clipped, then rounded to the nearest."""
-    return np.rint(np.clip(picture * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.rint(np.clip(picture * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
+    return pixels
 
 
 def _check_noise(latents: Floats, shape: tuple[int, ...], count: int) -> None:

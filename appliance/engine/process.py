@@ -13,6 +13,7 @@ starts another. What is said on standard error is the reason of a refusal, and n
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import threading
@@ -25,7 +26,7 @@ from appliance.engine import wire
 from appliance.errors import Cancelled, DarkroomError
 from appliance.evidence.journal import Event, EventPipe
 from appliance.request import GenerationRequest
-from appliance.seal.confine import die_with_parent, forbid_core_dumps, volunteer_for_the_oom_killer
+from appliance.seal.confine import settle
 from appliance.trust.description import PLACE, ModelDescription
 from appliance.trust.verify import TrustedKey, VerifiedModel, verify
 
@@ -39,9 +40,7 @@ def run(
     *, bundle: Path, trusted: Sequence[Path], threads: int | None, end: socket.socket, events: EventPipe, supervisor: int
 ) -> None:
     """Serve one worker until it closes the wire. Raises `VerificationRefused`, `EngineError`, `BadRequest`."""
-    die_with_parent(supervisor)
-    forbid_core_dumps()
-    volunteer_for_the_oom_killer()
+    settle(supervisor, expendable=True)
     started = time.monotonic()
     model = verify(bundle, [TrustedKey.load(path) for path in trusted])
     events.say(Event.ENGINE_VERIFIED, len(model.digests), sum(len(model.read(path)) for path in model.digests) >> 20)
@@ -50,10 +49,11 @@ def run(
     from appliance.engine.pipeline import Pipeline
 
     pipeline = Pipeline(model, threads=threads)
-    wire.send(end, _hello(model))
-    description = model.description
+    hello, description = _hello(model), model.description
     del model       # the verified bytes go: ONNX Runtime has taken in what it needs of them
+    # Ready first: a hello with a long licence waits for the worker to read it, and the worker is not there before ready.
     events.say(Event.ENGINE_READY, round(1000 * (time.monotonic() - started)))
+    wire.send(end, hello)
     _Desk(end, events, description, pipeline).serve()
 
 
@@ -93,7 +93,8 @@ class _Desk:
                     case wire.Generate():
                         self._orders.put_nowait(order)
         except (wire.WireError, OSError, queue.Full):
-            self._end.shutdown(socket.SHUT_RDWR)     # a worker that breaks the rules is not answered any more
+            with contextlib.suppress(OSError):       # it may have hung up already
+                self._end.shutdown(socket.SHUT_RDWR)     # a worker that breaks the rules is not answered any more
         finally:
             self._gone.set()
             self._orders.put(None)

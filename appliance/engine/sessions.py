@@ -10,7 +10,7 @@ Rules, in order:
 2. The same inputs give the same bytes: deterministic kernels, a stated number of threads, one operator at a time.
 3. ONNX Runtime says nothing: neither telemetry nor log lines, and of its exceptions only the kind is passed on, since their
    text holds names and paths.
-4. Threads wait asleep between runs.
+4. Threads without work sleep, between runs and within them.
 """
 
 from __future__ import annotations
@@ -124,8 +124,9 @@ def _options(threads: int) -> Any:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.use_deterministic_compute = True
-    # Threads spin for work while a graph runs, which is faster, and stop when the run ends, so that an idle appliance is idle.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Threads that have no work sleep and do not spin for it: where a page, a browser or another engine shares the processors,
+    # spinning was measured to double the time of a step (ADR 0004).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 

@@ -18,6 +18,17 @@ _PR_SET_PDEATHSIG: Final = 1      # prctl(2)
 _PR_SET_DUMPABLE: Final = 4
 
 
+def settle(parent: int, *, expendable: bool) -> None:
+    """Bind this process to `parent`, forbid its core dumps and, where it is expendable, offer it to the OOM killer.
+
+    In this order: once a process is not dumpable, its files in /proc belong to root and it cannot offer itself any more.
+    """
+    die_with_parent(parent)
+    if expendable:
+        volunteer_for_the_oom_killer()
+    forbid_core_dumps()
+
+
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when `parent` ends, however it ends (prctl(2), PR_SET_PDEATHSIG)."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, "the kernel refused to bind this process to its parent")
@@ -38,7 +49,7 @@ def forbid_core_dumps() -> None:
 
 def volunteer_for_the_oom_killer() -> None:
     """Ask the kernel to take this process first when memory runs out: it can be restarted, its peers hold the pictures."""
-    Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    Path("/proc/self/oom_score_adj").write_bytes(b"1000")
 
 
 def _prctl(option: int, value: int, refusal: str) -> None:

@@ -60,7 +60,6 @@ def notices(prompt: str, vocabulary: Vocabulary | None) -> tuple[Notice, ...]:
 def knows_a_word(prompt: str, vocabulary: Vocabulary) -> bool:
     """Whether any word of the prompt, or its singular, is one that means something to the model."""
     known = set(vocabulary.words)
-    known.update(word for subject in vocabulary.subjects for word in _WORD.findall(subject.casefold()))
     said = _WORD.findall(prompt.casefold())
     return any(form in known for word in said for form in (word, word.removesuffix("s"), word.removesuffix("es")))
 

@@ -23,7 +23,7 @@ from gunicorn.glogging import Logger
 
 from appliance.engine.jobs import JobQueue
 from appliance.evidence.journal import Event, EventPipe
-from appliance.seal.confine import die_with_parent, forbid_core_dumps
+from appliance.seal.confine import settle
 from appliance.supervisor import NEW_ENGINE
 from appliance.vault.volume import Vault
 
@@ -51,8 +51,7 @@ class Limits:
 
 def serve(limits: Limits, descriptors: Descriptors, *, supervisor: int) -> None:
     """Run gunicorn until it is told to end."""
-    die_with_parent(supervisor)
-    forbid_core_dumps()
+    settle(supervisor, expendable=False)
     _Application(limits, descriptors).run()
 
 
@@ -109,8 +108,7 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
             self.cfg.set(name, value)
 
     def _in_worker(self, _arbiter: object, _worker: object) -> None:
-        die_with_parent(self._arbiter)
-        forbid_core_dumps()
+        settle(self._arbiter, expendable=False)
 
     def _worker_ended(self, _arbiter: object, _worker: object) -> None:
         # A worker that ended took the pictures with it: that is a close. gunicorn would fork another one, whose link and
@@ -140,9 +138,15 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
 
 
 def _take_engines(link: socket.socket, jobs: JobQueue) -> None:
-    """Attach each engine whose wire the supervisor sends; a supervisor that is gone ends the worker by PDEATHSIG."""
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(link, len(NEW_ENGINE), 1)
-        if message != NEW_ENGINE or len(descriptors) != 1:
-            return
-        jobs.attach(socket.socket(fileno=descriptors[0]))
+    """Attach each engine whose wire the supervisor sends; a link that ends or cannot be read ends the worker.
+
+    A worker that can be given no engine any more would show "being started" for ever; its end is a close.
+    """
+    try:
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(link, len(NEW_ENGINE), 1, socket.MSG_CMSG_CLOEXEC)
+            if message != NEW_ENGINE or len(descriptors) != 1:
+                break
+            jobs.attach(socket.socket(fileno=descriptors[0]))
+    finally:
+        os._exit(1)

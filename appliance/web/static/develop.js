@@ -4,10 +4,11 @@
 const at = (id) => document.getElementById(id);
 const easel = at("easel"), shown = at("shown"), order = at("order"), prompt = at("prompt"), strip = at("strip");
 const POLL = 1500;          // milliseconds between questions where there is no stream
+const STOPPING = "Stopping after this step …";
 const PAUSE = 400;          // milliseconds without a key before the draft is kept
 
 let watched = easel.dataset.job || null;     // the job that is followed
-let source = null, poll = 0, quarter = -1;
+let source = null, poll = 0, quarter = -1, stopping = null;
 
 // ── Asking ──────────────────────────────────────────────────────────────────
 
@@ -109,7 +110,7 @@ function paint(job) {
   if (going) {
     if (easel.dataset.state !== "waiting" && easel.dataset.state !== "running") { clear(); mark(null); quarter = -1; }
     easel.dataset.state = job.state;
-    at("status").textContent = job.status;
+    at("status").textContent = job.id === stopping ? STOPPING : job.status;
     at("cancel").action = `/jobs/${job.id}/cancel`;
     at("progress").max = job.total;
     at("progress").value = job.done;
@@ -214,7 +215,8 @@ at("again").addEventListener("submit", (event) => {
 
 at("cancel").addEventListener("submit", async (event) => {
   event.preventDefault();
-  at("status").textContent = "Stopping after this step …";
+  stopping = watched;
+  at("status").textContent = STOPPING;
   try { paint(await ask(at("cancel").action, at("cancel"))); } catch (error) { complain(error); }
 });
 
