@@ -43,10 +43,14 @@ def job(job: str) -> ResponseReturnValue:
 
 @blueprint.get("/current")
 def current() -> ResponseReturnValue:
-    """Return the job to show now, or null."""
+    """Return the job to show now, or null, and every picture of the session, oldest first.
+
+    A job can end while the page is between two streams: its pictures are found here.
+    """
     session = inside()
     view = room().current(session.id)
-    return jsonify(None if view is None else as_json(room(), session, view))
+    pictures = [picture_as_json(image) for image in reversed(room().vault.images(session.id))]
+    return jsonify({"job": None if view is None else as_json(room(), session, view), "pictures": pictures})
 
 
 @blueprint.get("/jobs/<job>/events")

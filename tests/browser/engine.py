@@ -73,19 +73,20 @@ class Easel:
             self._more.notify_all()
 
     def _listen(self, end: socket.socket) -> None:
-        while (order := wire.receive_order(end)) is not None:
-            with self._more:
-                if isinstance(order, wire.Cancel):
-                    self._cancelled.add(order.job)
-                else:
-                    self._orders.append(order)
-                self._more.notify_all()
+        with suppress(OSError):
+            while (order := wire.receive_order(end)) is not None:
+                with self._more:
+                    if isinstance(order, wire.Cancel):
+                        self._cancelled.add(order.job)
+                    else:
+                        self._orders.append(order)
+                    self._more.notify_all()
         with self._more:
             self._orders.append(wire.Generate(0, {}))
             self._more.notify_all()
 
     def _work(self, end: socket.socket) -> None:
-        with suppress(OSError):
+        with suppress(OSError), end:
             while True:
                 with self._more:
                     self._more.wait_for(lambda: self._orders)

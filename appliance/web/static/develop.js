@@ -181,7 +181,9 @@ function lost() {
 }
 
 async function next() {
-  const job = await ask("/api/current").catch(() => null);
+  const now = await ask("/api/current").catch(() => null);
+  now?.pictures.forEach(hang);      // also those of jobs that ended while none was followed
+  const job = now?.job;
   if (job && !watched && (job.state === "waiting" || job.state === "running")) follow(job);
 }
 
