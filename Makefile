@@ -46,7 +46,7 @@ setup-dev: .venv-dev/.ready  ## install both sides and the tests' tools into .ve
 
 system:  # Debian packages that systemd-python is built against
 	@sh packaging/debian-packages gcc libc6-dev pkg-config libsystemd-dev python3-dev python3-venv
-system-dev: system  # … and those that the tests drive: a browser, the demo's drawings, a second witness for signatures
+system-dev: system  # … and those that the tests drive: a browser, a second witness for signatures
 	@sh packaging/debian-packages chromium openssl
 
 lock: setup-dev  ## write the locks with hashes anew

@@ -3,7 +3,8 @@
 The steps, numbered alike in the code:
 
  1. The destination does not exist, and there is room for it.
- 2. The source is a model of a family that the engine drives, in safetensors (`sources.py`), with a licence.
+ 2. The source is a model of a family that the engine drives, in safetensors (`sources.py`), with a licence, and what there is
+    to say of it makes a description.
  3. The graphs, one component in memory at a time, in a folder beside the destination that nobody reads.
  4. The tokenizer, `LICENSE`, `model.json` and `mlbom.cdx.json`.
  5. The folder gets its name. Whatever fails before leaves nothing behind.
@@ -76,8 +77,12 @@ def export(
     licence_bytes = _licence(licence)
     said = _about(about)
     if not source_text.strip():
-        raise BadRequest("source_text", "the source is not named", hint="--source takes an address, a name, a revision: whatever finds it again")
+        raise BadRequest("source_text", "the source is not named",
+                         hint="--source takes an address, a name, a revision: whatever finds it again")
     origin = Source.at(source)
+    known_as = name or str(said.get("name") or source.resolve().name)
+    latents = _latents(origin)
+    _description(origin, said, latents, source_text, known_as)
     try:
         free = shutil.disk_usage(out.parent).free
         # Weights of 16 bits that are bfloat16 take twice their room as float32.
@@ -89,10 +94,10 @@ def export(
             unfinished = Path(workshop) / "bundle"
             unfinished.mkdir()
             # 3. The graphs.
-            latents = _write_graphs(origin, unfinished, report, largest_inline)
+            latents["preview"] = _write_graphs(origin, unfinished, report, largest_inline)
             # 4. The rest.
             report("description", PARTS - 1, PARTS)
-            description = _description(origin, said, latents, source_text, name or str(said.get("name") or source.resolve().name))
+            description = _description(origin, said, latents, source_text, known_as)
             _write(unfinished / TOKENIZER, origin.tokenizer_json)
             _write(unfinished / LICENCE, licence_bytes)
             _write(unfinished / PLACE, description.to_json())
@@ -143,8 +148,8 @@ class _Encoder(torch.nn.Module):
         return self.quant_conv(moments) if self.quant_conv is not None else moments
 
 
-def _write_graphs(origin: Source, out: Path, report: Report, largest_inline: int) -> dict[str, Any]:
-    """Write the four graphs and return what `model.json` says of the latents."""
+def _write_graphs(origin: Source, out: Path, report: Report, largest_inline: int) -> preview.Matrix:
+    """Write the four graphs and return the map that previews are made with."""
     for path in GRAPHS.values():
         (out / path).parent.mkdir()
     channels, down, width = int(origin.vae["latent_channels"]), origin.downscale, origin.text.hidden_size
@@ -181,9 +186,14 @@ def _write_graphs(origin: Source, out: Path, report: Report, largest_inline: int
         Port("moments", ("batch", 2 * channels, "height", "width")), out / GRAPHS["vae_encoder"], largest_inline=largest_inline,
     )
     report("preview", 4, PARTS)
-    scaling_factor = float(origin.vae["scaling_factor"])
-    return {"channels": channels, "downscale": down, "scaling_factor": scaling_factor,
-            "preview": preview.fit(vae, down, scaling_factor)}
+    return preview.fit(vae, down, float(origin.vae["scaling_factor"]))
+
+
+def _latents(origin: Source) -> dict[str, Any]:
+    """Return what `model.json` says of the latents before any network was loaded: all but the preview's real map."""
+    channels = int(origin.vae["latent_channels"])
+    return {"channels": channels, "downscale": origin.downscale, "scaling_factor": float(origin.vae["scaling_factor"]),
+            "preview": ((0.0, 0.0, 0.0),) * (channels + 1)}
 
 
 def _description(
@@ -225,7 +235,7 @@ def _about(path: Path | None) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise BadRequest("about", f"{path.name}: cannot be read as JSON ({type(error).__name__})") from None
     if not isinstance(said, dict) or not said.keys() <= _ABOUT:
-        raise BadRequest("about", f"{path.name}: not a JSON object of known fields", hint=f"they are {', '.join(sorted(_ABOUT))}")
+        raise BadRequest("about", f"{path.name}: not a JSON object of known fields", hint=", ".join(sorted(_ABOUT)))
     return said
 
 

@@ -17,6 +17,7 @@ Nothing is fetched and no code of the source's is run. What is refused, in order
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +47,16 @@ _HONOURED: Final[Mapping[str, tuple[object, ...]]] = {
     "trained_betas": (None,), "thresholding": (False,), "clip_sample": (False,), "timestep_type": ("discrete",),
     "use_flow_sigmas": (False, None), "use_beta_sigmas": (False, None), "use_exponential_sigmas": (False, None),
     "use_lu_lambdas": (False, None), "use_dynamic_shifting": (False,), "flow_shift": (1.0, None), "sigma_min": (None,),
-    "sigma_max": (None,), "final_sigmas_type": ("zero",), "interpolation_type": ("linear",), "lambda_min_clipped": (-float("inf"),),
+    "sigma_max": (None,), "final_sigmas_type": ("zero",), "interpolation_type": ("linear",),
+    "lambda_min_clipped": (-float("inf"),),
 }
 _SCHEDULERS: Final = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler",
 )
+# LMS cannot be made without scipy. What it knows of a schedule it has from the same place as Euler, defaults included.
+_READ_AS: Final = {"LMSDiscreteScheduler": "EulerDiscreteScheduler"}
 _OTHER_FAMILIES: Final = {
     "StableDiffusionXLPipeline": "SDXL", "LatentConsistencyModelPipeline": "LCM", "StableDiffusion3Pipeline": "SD 3",
     "StableDiffusionInpaintPipeline": "inpainting", "FluxPipeline": "Flux",
@@ -89,7 +93,10 @@ class Source:
             start_id=tokenizer.bos_token_id, end_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
         )
         schedule = schedule_of(_json(folder / "scheduler" / "scheduler_config.json"))
-        return cls(folder, configs["unet"], configs["vae"], configs["text_encoder"], schedule, text, tokenizer_json, weight_bytes)
+        return cls(
+            folder=folder, unet=configs["unet"], vae=configs["vae"], text_encoder=configs["text_encoder"], schedule=schedule,
+            text=text, tokenizer_json=tokenizer_json, weight_bytes=weight_bytes,
+        )
 
     @property
     def downscale(self) -> int:
@@ -142,7 +149,9 @@ def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
         _refuse("scheduler", f"scheduler: {str(kind)[:60]} is not a scheduler of an SD 1.x model",
                 hint=f"this engine reads the settings of {', '.join(_SCHEDULERS)}")
     try:
-        full = dict(getattr(diffusers, str(kind)).from_config(dict(config)).config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # diffusers 0.42 warns of its own use of numpy 2
+            full = dict(getattr(diffusers, _READ_AS.get(kind, kind)).from_config(dict(config)).config)
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         _refuse("scheduler", f"scheduler: its configuration is not valid ({type(error).__name__})")
     for key, honoured in _HONOURED.items():
