@@ -168,7 +168,7 @@ def _autoencoder_recipe(smoke: bool) -> Any:
     from provisioning.demo.autoencoder import AutoencoderRecipe, Phase
 
     full = AutoencoderRecipe()
-    return replace(full, phases=(Phase(64, 4, 30), Phase(192, 1, 3))) if smoke else full
+    return replace(full, phases=(Phase(64, 4, 60), Phase(192, 1, 2))) if smoke else full
 
 
 def _diffusion_recipe(smoke: bool) -> Any:

@@ -219,7 +219,10 @@ at("cancel").addEventListener("submit", async (event) => {
   event.preventDefault();
   stopping = watched;
   at("status").textContent = STOPPING;
-  try { paint(await ask(at("cancel").action, at("cancel"))); } catch (error) { complain(error); }
+  try {
+    const job = await ask(at("cancel").action, at("cancel"));
+    if (watched === job.id) paint(job);     // the stream may have told of the end already, and this answer is older
+  } catch (error) { complain(error); }
 });
 
 at("forget-one").addEventListener("submit", async (event) => {
