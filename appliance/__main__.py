@@ -324,9 +324,17 @@ def _pages(given: argparse.Namespace) -> None:
 
 
 def _say(sentence: str) -> None:
-    # A log that cannot be written must not end what it is about.
-    with contextlib.suppress(OSError):
-        print(f"darkroom: {sentence}", file=sys.stderr, flush=True)
+    _write(f"darkroom: {sentence}\n")
+
+
+def _write(line: str) -> None:
+    """Write to standard error, or not: a log that cannot be written must not end what it is about.
+
+    Past Python's buffer, which would try again when the process exits, and change its exit code.
+    """
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), line.encode("utf-8", "backslashreplace"))
 
 
 def _complain(error: DarkroomError, *, as_json: bool) -> None:
@@ -334,8 +342,7 @@ def _complain(error: DarkroomError, *, as_json: bool) -> None:
         print(json.dumps({"error": error.reason, "message": str(error), "hint": error.hint}), flush=True)
     _say(str(error))
     if error.hint is not None:
-        with contextlib.suppress(OSError):
-            print(f"          {error.hint}", file=sys.stderr, flush=True)
+        _write(f"          {error.hint}\n")
 
 
 if __name__ == "__main__":
