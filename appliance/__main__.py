@@ -1,4 +1,4 @@
-"""The `darkroom` command: serve, generate, verify. The only place that ends a process with a code of its own.
+"""The `darkroom` command: serve, status, generate, verify. The only place that ends a process with a code of its own.
 
 Exit codes: 0 done, 1 unexpected, 2 usage or bad request, 3 verification refused, 4 vault, 5 engine, 6 not sealed.
 
@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import NoReturn
 
 from appliance.config import MOST_THREADS, Config, built_in_bundle, built_in_key, read
 from appliance.errors import BadRequest, DarkroomError
-from appliance.evidence.journal import EventPipe, to_journal
+from appliance.evidence.journal import to_journal
 from appliance.request import MOST_GUIDANCE, MOST_STEPS, SAMPLERS, SPACINGS
 
 
@@ -88,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on, 0 for any free one (default 8000)")
     serve.add_argument("--config", type=Path, metavar="FILE", help="configuration, a TOML file")
+    serve.add_argument(
+        "--allow-unsealed", action="store_true", default=None,
+        help="serve although a way out was found open; every page says so",
+    )
     _model_options(serve)
     serve.set_defaults(run=_serve)
 
@@ -118,18 +121,32 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
     verify.set_defaults(run=_verify)
 
+    status = commands.add_parser(
+        "status", help="say what a running appliance has observed of its seal", allow_abbrev=False,
+        description="Ask the running appliance to try every way out anew, and print what it found.",
+    )
+    status.add_argument("--run", type=Path, metavar="FOLDER", help="the appliance's run folder, where it was configured")
+    status.add_argument("--pid", type=int, help="which appliance, where several are running")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
+    status.set_defaults(run=_status)
+
     # What the supervisor starts; not for people, so not in the help.
     engine = commands.add_parser("engine")
     engine.add_argument("--bundle", type=Path, required=True)
     engine.add_argument("--trust", type=Path, action="append", required=True)
     engine.add_argument("--threads", type=int)
-    engine.add_argument("--wire", type=int, required=True)
-    engine.add_argument("--events", type=int, required=True)
-    engine.add_argument("--supervisor", type=int, required=True)
+    for name in ("--wire", "--events", "--link", "--supervisor", "--filter"):
+        engine.add_argument(name, type=int, required=True)
+    engine.add_argument("--ruleset", type=int)
     engine.set_defaults(run=_engine)
     pages = commands.add_parser("pages")
-    for name in ("--listener", "--link", "--events", "--supervisor", "--queue", "--memory-for-pictures"):
+    for name in (
+        "--listener", "--events", "--link", "--supervisor", "--queue", "--memory-for-pictures", "--arbiter-filter",
+        "--worker-filter",
+    ):
         pages.add_argument(name, type=int, required=True)
+    pages.add_argument("--arbiter-ruleset", type=int)
+    pages.add_argument("--worker-ruleset", type=int)
     pages.add_argument("--host", action="append", required=True)
     pages.set_defaults(run=_pages)
     return parser
@@ -161,6 +178,7 @@ def _with_options(document: dict[str, object], given: argparse.Namespace) -> dic
     """Return the document with the command line's values in the place of the file's."""
     options = {
         "listen": {"host": given.host, "port": given.port},
+        "seal": {"allow_unsealed": given.allow_unsealed},
         "model": {
             "bundle": None if given.model is None else str(given.model),
             "trust": None if given.trust is None else [str(key) for key in given.trust],
@@ -193,6 +211,33 @@ def _installed(distribution: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+# ── status ────────────────────────────────────────────────────────────────────
+
+
+def _status(given: argparse.Namespace) -> None:
+    from appliance.seal.control import Running, ask, find, run_folder, the_only
+
+    folder = run_folder(given.run, os.environ)
+    running = the_only(folder) if given.pid is None else next(
+        (one for one in find(folder) if one.pid == given.pid), None
+    )
+    if not isinstance(running, Running):
+        raise BadRequest("pid", f"no appliance with process id {given.pid} is running", hint="leave --pid out to see which are")
+    said = ask(running, "status")
+    if given.json:
+        print(json.dumps(said, indent=1))
+        return
+    model = said.get("model")
+    promises = said.get("promises")
+    print("sealed" if said.get("sealed") is True else "NOT SEALED")
+    if isinstance(model, dict):
+        print(f"model   {model.get('name')}  sha256:{model.get('digest')}")
+    print(f"vault   {said.get('vault')}")
+    for promise in promises if isinstance(promises, list) else []:
+        print(f"\n{'holds ' if promise['holds'] else 'BROKEN'}  {promise['id']:14}{promise['title']}")
+        print(f"        {promise['observed']}")
 
 
 # ── generate ──────────────────────────────────────────────────────────────────
@@ -300,12 +345,13 @@ def _bundle_and_keys(bundle: Path | None, keys: list[Path] | None) -> tuple[Path
 
 
 def _engine(given: argparse.Namespace) -> None:
-    from appliance.engine.process import run
+    from appliance.engine.process import Descriptors, run
 
     threading.excepthook = _end_with_a_stray_exception
     run(
-        bundle=given.bundle, trusted=given.trust, threads=given.threads, end=socket.socket(fileno=given.wire),
-        events=EventPipe(given.events), supervisor=given.supervisor,
+        bundle=given.bundle, trusted=given.trust, threads=given.threads,
+        descriptors=Descriptors(given.wire, given.events, given.link, given.filter, given.ruleset),
+        supervisor=given.supervisor,
     )
 
 
@@ -315,7 +361,10 @@ def _pages(given: argparse.Namespace) -> None:
     threading.excepthook = _end_with_a_stray_exception
     serve(
         Limits(given.queue, given.memory_for_pictures, tuple(given.host)),
-        Descriptors(given.listener, given.link, given.events),
+        Descriptors(
+            given.listener, given.link, given.events,
+            (given.arbiter_filter, given.arbiter_ruleset), (given.worker_filter, given.worker_ruleset),
+        ),
         supervisor=given.supervisor,
     )
 

@@ -50,6 +50,8 @@ class Config:
     queue: int                      # jobs that may wait
     memory_for_pictures: int        # bytes
     threads: int | None             # of the engine
+    allow_unsealed: bool = False    # serve although a way out is open, and say so on every page
+    run_folder: Path | None = None  # of the control socket; None: the user's runtime folder
 
     @classmethod
     def parse(cls, untrusted: Mapping[str, object]) -> Config:

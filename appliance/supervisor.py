@@ -1,4 +1,4 @@
-"""The parent of everything that holds content: it binds, spawns, reaps and ends, and never holds any itself.
+"""The parent of everything that holds content: it binds, seals, spawns, reaps and ends, and never holds any itself.
 
     supervisor      one thread, no numpy, no pictures, no prompts
     ├── engine      verifies the bundle, then loads it
@@ -7,46 +7,59 @@
 
 In order:
 
-1. Bind the listening socket, so that a port in use is said before anything is started.
-2. Start the engine and wait until it has verified and loaded the model. A refusal ends everything with its exit code.
-3. Start gunicorn, hand the engine's wire to the worker, and wait until a request is answered.
-4. Only then say ready: to systemd where it listens, and to whoever waits for the address.
-5. Watch. An engine that ends is replaced, and the worker is given the next one's wire. A worker that ends is a close:
-   what it held is gone with it, the engine is ended as well, and both are started afresh. Too many ends in a short time
-   end the supervisor too, with exit code 5.
-6. On SIGTERM, SIGINT or SIGHUP: end the worker and the engine, reap both, and return.
+1. Bind the listening socket, or take it from systemd, and the control socket.
+2. Prepare the walls of every process, then close itself off (`seal.confine`); what it starts can only be tighter.
+3. Start the engine and wait until it has verified and loaded the model. A refusal ends everything with its exit code.
+4. Start gunicorn, hand the engine's wire to the worker, and wait until a request was answered.
+5. Have every process look for ways out, look at them from outside, and refuse to go on where one is open (exit code 6).
+6. Only then say ready: to systemd where it listens, and to whoever waits for the address.
+7. Watch. An engine that ends or stands still is replaced, and the worker is given the next one's wire. A worker that ends or
+   stands still is a close: what it held is gone with it, and both are started afresh. Too many ends in a short time end the
+   supervisor too, with exit code 5. systemd's watchdog is told of life only where worker and engine have shown some.
+8. On SIGTERM, SIGINT or SIGHUP: end the worker and the engine, reap both, and return.
 
-Engine and worker are told who their parent is, and the kernel ends them with it (`seal.confine`).
+Engine and worker are told who their parent is, and the kernel ends them with it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from appliance.children import Child, state_of
 from appliance.config import Config
-from appliance.errors import BadRequest, DarkroomError, EngineError, VerificationRefused
-from appliance.evidence.journal import Event, Record, records
+from appliance.errors import BadRequest, DarkroomError, EngineError, NotSealed, VerificationRefused
+from appliance.evidence.journal import Event, Record
+from appliance.link import ENGINE, POSTURE, VISIT
+from appliance.listening import address, allowed_hosts, listener_for
+from appliance.seal.calls import Role
+from appliance.seal.confine import Standing, close_off_supervisor
+from appliance.seal.control import PLANTED, PRIVATE, ControlSocket, answer, run_folder
+from appliance.seal.posture import Posture, look_at_machine, look_at_threads
+from appliance.seal.probes import Errand, probe_self
+from appliance.seal.walls import Paths, Walls
 
 CLOSING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-NEW_ENGINE: Final = b"E"        # the message that carries an engine's wire to the worker
 _GRACE: Final = 1.5             # seconds between asking gunicorn to end and ending it
 _START_LIMIT: Final = 600.0     # seconds for verifying and loading a large model
-_ANSWER_LIMIT: Final = 30.0     # seconds for the pages to answer
-_PAGE_LIMIT: Final = 10.0       # … for one of them, asked for by the supervisor itself
+_ANSWER_LIMIT: Final = 60.0     # … for the pages to be there, and for a request to be answered
+_PROBE_LIMIT: Final = 20.0      # … for worker and engine to report on themselves
+_VISIT_EVERY: Final = 5.0       # … between two requests that the supervisor makes itself
+_LOOK_EVERY: Final = 60.0       # … between two looks at the posture
+_STEP_LIMIT: Final = 1800       # … for one denoising step, the slowest machine and the largest model included
 _MOST_ENDS: Final = 5           # of children, within `_ENDS_WINDOW` seconds
 _ENDS_WINDOW: Final = 60.0
+_OUTSIDE: Final = ("/", "/tmp", "/var/tmp", "/dev/shm", "/run", "/etc", "/var/lib")     # noqa: S108     # tried, to no avail
 
 
 class _Closing(Exception):      # not an error: the way out of whatever is being waited for
@@ -65,41 +78,20 @@ class _PagesEnded(EngineError):
 def serve(config: Config, *, ready: Callable[[str], None], publish: Callable[[Record], None]) -> None:
     """Run the appliance until it is told to close.
 
-    `ready` is called with the address once a request has been answered. Raises `BadRequest` where the port cannot be had,
-    `VerificationRefused` where the model is not what a trusted key signed, `EngineError` where children keep ending.
+    `ready` is called with the address once a request has been answered and the posture has been looked at. Raises
+    `BadRequest` where the port cannot be had, `VerificationRefused` where the model is not what a trusted key signed,
+    `EngineError` where children keep ending, `NotSealed` where a way out is open and that was not allowed.
     """
-    with listen(config.host, config.port) as listener, closing(_Signals()) as signals:
-        _Supervisor(config, listener, signals, ready, publish).run()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a bound, listening TCP socket. Raises `BadRequest`."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # So that a restart does not wait for the last connections' TIME_WAIT.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        raise BadRequest(
-            "listen", f"{host} port {port} cannot be listened on: {(error.strerror or 'unknown').lower()}",
-            hint="end the other program, or choose another port with --port",
-        ) from None
-    return listener
-
-
-def allowed_hosts(listener: socket.socket, host: str) -> tuple[str, ...]:
-    """Return the Host values under which the pages answer: the name that was asked for, and those of loopback."""
-    port = listener.getsockname()[1]
-    names = {"127.0.0.1", "localhost", "[::1]", f"[{host}]" if ":" in host else host}
-    return tuple(sorted(f"{name}:{port}" for name in names) + (sorted(names) if port == 80 else []))
-
-
-def address(listener: socket.socket, host: str) -> str:
-    """Return the address to open in a browser."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
+    with ExitStack() as held:
+        listener = held.enter_context(listener_for(config))
+        control = held.enter_context(closing(ControlSocket(run_folder(config.run_folder, os.environ))))
+        walls = held.enter_context(closing(Walls.prepare(Paths(config.bundle, config.trust, control.folder.parent))))
+        signals = held.enter_context(closing(_Signals()))
+        wall = walls.of("supervisor")
+        standing = close_off_supervisor(
+            filter_fd=wall.filter_fd, ruleset_fd=wall.ruleset_fd, no_landlock=walls.no_landlock
+        )
+        _Supervisor(config, listener, control, walls, standing, signals, ready, publish).run()
 
 
 class _Signals:
@@ -127,35 +119,45 @@ class _Signals:
 
 
 class _Supervisor:
-    """The children and the pipes to them; one thread."""
+    """The children, and the sockets to them; one thread."""
 
     def __init__(
         self,
         config: Config,
         listener: socket.socket,
+        control: ControlSocket,
+        walls: Walls,
+        standing: Standing,
         signals: _Signals,
         ready: Callable[[str], None],
         publish: Callable[[Record], None],
     ) -> None:
         self._config = config
         self._listener = listener
+        self._control = control
+        self._walls = walls
+        self._standing = standing
         self._signals = signals
         self._ready = ready
         self._publish = publish
-        self._events, self._events_end = os.pipe()
-        os.set_blocking(self._events, False)
-        self._unread = bytearray()
-        self._engine: subprocess.Popen[bytes] | None = None
-        self._pages: subprocess.Popen[bytes] | None = None
+        self._engine: Child | None = None
+        self._pages: Child | None = None
+        self._worker_pid = 0
         self._wire: socket.socket | None = None         # the worker's end of the running engine's wire
-        self._link: socket.socket | None = None         # to the worker
+        self._visit: socket.socket | None = None        # the supervisor's own request, under way
+        self._visited_at = self._answered_at = self._looked_at = time.monotonic()
+        self._posture = Posture.unknown()
+        self._sealed: bool | None = None                # as it was last said
+        self._asked: list[socket.socket] = []           # of the control socket: who waits for the status
         self._ends: deque[float] = deque(maxlen=_MOST_ENDS)
+        self._watchdog = _watchdog_interval()
+        self._told_at = 0.0
 
     def run(self) -> None:
         try:
             self._open()
-            notify("READY=1")
-            self._ready(address(self._listener, self._config.host))
+            notify(f"READY=1\nSTATUS={'sealed' if self._posture.sealed else 'NOT sealed'}")
+            self._ready(address(self._listener, self._config))
             while True:
                 self._watch()
         except _Closing as told:
@@ -165,87 +167,203 @@ class _Supervisor:
             self._publish(Record(Event.CLOSED, told.signum, round(1000 * (time.monotonic() - started))))
         finally:
             self._end_everything()
-            for fd in (self._events, self._events_end):
-                os.close(fd)
 
     # ── Starting ──────────────────────────────────────────────────────────────
 
     def _open(self) -> None:
-        """Start the engine, then the pages; return when both have said that they are ready and a page was answered."""
+        """Start the engine, then the pages; return when a page was answered and every way out was found closed."""
         self._start_engine()
         self._start_pages()
         self._hand_over_engine()
-        self._ask_for_a_page()
+        self._await_a_page()
+        self._look()
 
     def _start_engine(self) -> None:
-        config = self._config
+        config, wall = self._config, self._walls.of("engine")
         ours, theirs = socket.socketpair()
         command = [
-            "engine", "--bundle", str(config.bundle), "--wire", str(theirs.fileno()), "--events", str(self._events_end),
+            "engine", "--bundle", str(config.bundle), "--wire", str(theirs.fileno()), *wall.arguments(),
             *(argument for key in config.trust for argument in ("--trust", str(key))),
             *(("--threads", str(config.threads)) if config.threads else ()),
         ]
         with theirs:
-            self._engine = _spawn(command, theirs.fileno(), self._events_end)
+            self._engine = Child("engine", command, theirs.fileno(), *wall.descriptors)
         self._wire = ours
         self._await(Event.ENGINE_READY, _START_LIMIT)
 
     def _start_pages(self) -> None:
-        ours, theirs = socket.socketpair()
+        arbiter, worker = self._walls.of("arbiter"), self._walls.of("worker")
         command = [
-            "pages", "--listener", str(self._listener.fileno()), "--link", str(theirs.fileno()),
-            "--events", str(self._events_end), "--queue", str(self._config.queue),
+            "pages", "--listener", str(self._listener.fileno()), "--queue", str(self._config.queue),
             "--memory-for-pictures", str(self._config.memory_for_pictures),
-            *(argument for host in allowed_hosts(self._listener, self._config.host) for argument in ("--host", host)),
+            *arbiter.arguments("arbiter-"), *worker.arguments("worker-"),
+            *(argument for host in allowed_hosts(self._listener, self._config) for argument in ("--host", host)),
         ]
-        with theirs:
-            self._pages = _spawn(command, self._listener.fileno(), theirs.fileno(), self._events_end)
-        self._link = ours
+        self._pages = Child("arbiter", command, self._listener.fileno(), *arbiter.descriptors, *worker.descriptors)
         self._await(Event.WORKER_READY, _ANSWER_LIMIT)
 
     def _hand_over_engine(self) -> None:
-        if self._link is None or self._wire is None:
+        if self._pages is None or self._wire is None or not self._pages.send(ENGINE, descriptor=self._wire.fileno()):
             raise _PagesEnded
-        socket.send_fds(self._link, [NEW_ENGINE], [self._wire.fileno()])
         # The worker holds the only end now: its wire closes when the engine does, and the other way round.
         self._wire.close()
         self._wire = None
         self._await(Event.WORKER_HAS_ENGINE, _ANSWER_LIMIT)
 
-    def _ask_for_a_page(self) -> None:
+    def _await_a_page(self) -> None:
         """Ask for a page as a browser would: ready is what was answered, not what was started."""
-        host, port = self._listener.getsockname()[:2]
-        name = allowed_hosts(self._listener, self._config.host)[0]
+        before, until = self._answered_at, time.monotonic() + _ANSWER_LIMIT
+        self._begin_a_visit()
+        while self._answered_at == before:
+            self._turn(0.1)
+            self._see_who_has_ended()
+            if time.monotonic() > until:
+                raise EngineError("pages", "the pages do not answer")
+
+    # ── The supervisor as a visitor ───────────────────────────────────────────
+
+    def _begin_a_visit(self) -> None:
+        """Hand the worker one end of a socket pair as if a visitor had connected: `connect` is nobody's here."""
+        self._end_visit()
+        self._visited_at = time.monotonic()
+        if self._pages is None:
+            return
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        name = allowed_hosts(self._listener, self._config)[0]
+        with theirs:
+            if self._pages.send(VISIT, descriptor=theirs.fileno()):
+                ours.send(f"GET /static/ready.txt HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode("ascii"))
+                self._visit = ours
+            else:
+                ours.close()
+
+    def _take_answer(self) -> None:
+        visit = self._visit
+        if visit is None:
+            return
         try:
-            with socket.create_connection((host, port), timeout=_PAGE_LIMIT) as connection:
-                connection.sendall(f"GET /static/ready.txt HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode("ascii"))
-                answer = connection.recv(64)
-        except OSError as error:
-            raise EngineError("pages", f"the pages do not answer: {error.strerror or 'timed out'}") from None
-        if b" 200 " not in answer.split(b"\r\n", 1)[0]:
-            raise EngineError("pages", "the pages do not answer as they should")
+            said = visit.recv(64)
+        except OSError:
+            said = b""
+        if b" 200 " in said.split(b"\r\n", 1)[0]:
+            self._answered_at = time.monotonic()
+        self._end_visit()
+
+    def _end_visit(self) -> None:
+        if self._visit is not None:
+            self._visit.close()
+            self._visit = None
+
+    # ── Waiting ───────────────────────────────────────────────────────────────
+
+    def _turn(self, seconds: float) -> list[Record]:
+        """Wait for whatever comes first, at most `seconds`, deal with it, and return what children have said.
+
+        Raises `_Closing` when a closing signal came.
+        """
+        children = [child for child in (self._engine, self._pages) if child is not None]
+        waited: list[socket.socket | int] = [self._signals.fd, *self._control.waited_for]
+        waited += [source for child in children for source in (child.events, child.link)]
+        waited += [self._visit] if self._visit is not None else []
+        readable: list[socket.socket | int] = []
+        if self._signals.received is None:
+            readable, _, _ = select.select(waited, [], [], seconds)
+        if self._signals.received is not None:
+            raise _Closing(self._signals.received)
+        heard = []
+        for child in children:
+            if child.link in readable:
+                child.take_message()
+            if child.events in readable:
+                heard += child.heard()
+        if self._visit in readable:
+            self._take_answer()
+        for connection, question in self._control.questions(readable):
+            if question == "status":
+                self._asked.append(connection)
+            else:
+                answer(connection, {"error": "unknown_question"})
+        for record in heard:
+            self._publish(record)
+            if record.event == Event.WORKER_READY:
+                self._worker_pid = self._checked_worker(record.first)
+        if time.monotonic() - self._visited_at > _VISIT_EVERY and self._visit is None:
+            self._begin_a_visit()
+        return heard
+
+    def _checked_worker(self, pid: int) -> int:
+        """Return the pid that the worker says it has, where its parent is the arbiter indeed; 0 otherwise."""
+        return pid if self._pages is not None and state_of(pid)[1] == self._pages.pid else 0
+
+    def _await(self, event: Event, limit: float) -> None:
+        """Return when a child says `event`; raise as soon as one ends instead, or when `limit` seconds have passed."""
+        until = time.monotonic() + limit
+        while time.monotonic() < until:
+            if any(record.event == event for record in self._turn(0.1)):
+                return
+            self._see_who_has_ended()
+        raise EngineError("start", f"{event.name.lower().replace('_', ' ')} was waited for longer than {limit:.0f} seconds")
+
+    def _see_who_has_ended(self) -> None:
+        """Raise for a child that ended, and end one that was stopped: it would be waited for in vain."""
+        for child in (self._pages, self._engine):
+            if child is not None and child.is_stopped():
+                child.end(0)
+        if self._pages is not None and self._pages.status is not None:
+            raise _PagesEnded
+        if self._engine is not None and (status := self._engine.status) is not None:
+            raise _reason(status)
 
     # ── Watching ──────────────────────────────────────────────────────────────
 
     def _watch(self) -> None:
-        """Publish what is said and see to who has ended; returns after at most a quarter of a second."""
-        for record in self._heard(0.25):
-            self._publish(record)
-        if self._pages is not None and self._pages.poll() is not None:
+        """Publish what is said and see to who has ended or stands still; returns after at most a quarter of a second."""
+        self._turn(0.25)
+        self._end_what_stands_still()
+        if self._pages is not None and self._pages.status is not None:
             self._begin_afresh()
-        elif self._engine is not None and self._engine.poll() is not None:
+        elif self._engine is not None and self._engine.status is not None:
             self._replace_engine()
+        elif self._asked or time.monotonic() - self._looked_at > _LOOK_EVERY:
+            self._look_again()
+        self._tell_the_watchdog()
+
+    def _end_what_stands_still(self) -> None:
+        """End an engine or a worker that was stopped, or has given no sign of life for too long."""
+        now = time.monotonic()
+        engine, pages = self._engine, self._pages
+        if engine is not None:
+            silence = now - engine.alive_at
+            if engine.is_stopped() or silence > _ANSWER_LIMIT or engine.step_seconds > _STEP_LIMIT:
+                self._publish(Record(Event.ENGINE_STANDS_STILL, round(max(silence, engine.step_seconds))))
+                engine.end(0)
+        if pages is not None:
+            silence = now - self._answered_at
+            if pages.is_stopped() or state_of(self._worker_pid)[0] in ("T", "t") or silence > _ANSWER_LIMIT:
+                self._publish(Record(Event.WORKER_STANDS_STILL, round(silence)))
+                pages.end(0)
+
+    def _tell_the_watchdog(self) -> None:
+        """Tell systemd that worker and engine live, as often as it wants to hear it, and only where they do."""
+        now = time.monotonic()
+        if not self._watchdog or now - self._told_at < self._watchdog or self._engine is None:
+            return
+        if now - self._answered_at < 3 * _VISIT_EVERY and now - self._engine.alive_at < 3 * _VISIT_EVERY:
+            self._told_at = now
+            notify("WATCHDOG=1")
 
     def _replace_engine(self) -> None:
         """Start the next engine for the worker that is there, again and again while engines keep ending."""
         while True:
             if self._engine is not None:
-                self._publish(Record(Event.ENGINE_ENDED, self._engine.poll() or 0))
-                _end(self._engine, 0)
+                self._publish(Record(Event.ENGINE_ENDED, self._engine.status or 0))
+                self._engine.end(0)
             self._count_an_end()
             try:
                 self._start_engine()
                 self._hand_over_engine()
+                self._look()
             except (_PagesEnded, OSError):
                 # The engine had ended because its worker did, which shows a moment later.
                 self._begin_afresh()
@@ -257,7 +375,7 @@ class _Supervisor:
         """Close, since the worker has ended and what it held is gone, and open again."""
         while True:
             if self._pages is not None:
-                self._publish(Record(Event.WORKER_ENDED, self._pages.poll() or 0))
+                self._publish(Record(Event.WORKER_ENDED, self._pages.status or 0))
             self._count_an_end()
             self._end_everything()
             try:
@@ -265,32 +383,6 @@ class _Supervisor:
             except (EngineError, OSError):
                 continue
             return
-
-    def _await(self, event: Event, limit: float) -> None:
-        """Return when a child says `event`; raise as soon as one ends instead, or when `limit` seconds have passed."""
-        until = time.monotonic() + limit
-        while time.monotonic() < until:
-            heard = self._heard(0.1)
-            for record in heard:
-                self._publish(record)
-            if any(record.event == event for record in heard):
-                return
-            if self._pages is not None and self._pages.poll() is not None:
-                raise _PagesEnded
-            if self._engine is not None and (status := self._engine.poll()) is not None:
-                raise _reason(status)
-        raise EngineError("start", f"{event.name.lower().replace('_', ' ')} was waited for longer than {limit:.0f} seconds")
-
-    def _heard(self, seconds: float) -> list[Record]:
-        """Return the events that children have said, waiting at most `seconds` for the first. Raises `_Closing`."""
-        readable: list[int] = []
-        if self._signals.received is None:
-            readable, _, _ = select.select([self._events, self._signals.fd], [], [], seconds)
-        if self._signals.received is not None:
-            raise _Closing(self._signals.received)
-        if self._events in readable:
-            self._unread += os.read(self._events, 4096)
-        return list(records(self._unread))
 
     def _count_an_end(self) -> None:
         now = time.monotonic()
@@ -301,48 +393,106 @@ class _Supervisor:
                 hint="look at the events above; a model that is too large for this machine's memory is a common cause",
             )
 
+    # ── Looking ───────────────────────────────────────────────────────────────
+
+    def _look_again(self) -> None:
+        """Look at a time when nothing is being started; a child that ends meanwhile is seen to in the next turn."""
+        try:
+            self._look()
+        except (EngineError, VerificationRefused, BadRequest):
+            self._answer_who_asked()
+
+    def _look(self) -> None:
+        """Have every process try its ways out, and look at all of them from outside. Raises `NotSealed`."""
+        engine, pages = self._engine, self._pages
+        if engine is None or pages is None:
+            return
+        self._control.heard()       # what came before the probes is none of theirs
+        pids: dict[Role, int] = {
+            "supervisor": os.getpid(), "arbiter": pages.pid, "worker": self._worker_pid, "engine": engine.pid,
+        }
+        for role, child in (("engine", engine), ("worker", pages)):
+            child.ask_for_a_report(self._errand("engine" if role == "engine" else "worker", pids))
+        until = time.monotonic() + _PROBE_LIMIT
+        while (engine.report is None or pages.report is None) and time.monotonic() < until:
+            self._turn(0.1)
+            self._see_who_has_ended()
+        own = probe_self("supervisor", self._errand("supervisor", pids), self._standing)
+        self._posture = Posture(
+            found={"supervisor": own, "worker": pages.report or {}, "engine": engine.report or {}},
+            threads={role: look_at_threads(pid, role) for role, pid in pids.items()},
+            standing=self._standing,
+            machine=look_at_machine(lambda path: Path(path).read_text(encoding="ascii", errors="replace")),
+            planted_heard=self._control.heard(),
+            digest=engine.model[0] if engine.model else None,
+            key=engine.model[1] if engine.model else None,
+        )
+        self._looked_at = time.monotonic()
+        self._say_what_was_seen()
+
+    def _errand(self, role: Role, pids: dict[Role, int]) -> Errand:
+        """Return what this process is to try: places that are none of its own, and the other processes."""
+        places = [*_OUTSIDE, str(Path.home()), str(Path.cwd()), str(Path(__file__).parent), str(self._config.bundle)]
+        if role == "supervisor":
+            places.remove("/dev/shm")       # noqa: S108     # gunicorn's heartbeat is made there, within its domain
+        else:
+            places.append(str(self._control.folder))
+        private = [str(self._control.folder / PRIVATE)]
+        model = [str(self._config.bundle / "model.json"), str(self._config.bundle / "model.sig")]
+        return Errand(
+            write=tuple(places),
+            read={"supervisor": (), "arbiter": (), "worker": (*private, *model), "engine": tuple(private)}[role],
+            peers=() if role == "supervisor" else tuple(pid for other, pid in pids.items() if other != role and pid),
+            planted=str(self._control.folder / PLANTED),
+        )
+
+    def _say_what_was_seen(self) -> None:
+        """Tell the pages, the log and whoever asked. Raises `NotSealed` where a way out is open and may not be."""
+        promises = self._posture.promises()
+        sealed = self._posture.sealed
+        if self._pages is not None:
+            self._pages.send(POSTURE, json.dumps(self._status()).encode("utf-8"))
+        if sealed != self._sealed:
+            self._sealed = sealed
+            held = sum(promise.holds for promise in promises)
+            self._publish(Record(Event.SEALED if sealed else Event.UNSEALED, held, len(promises)))
+        self._answer_who_asked()
+        if not sealed and not self._config.allow_unsealed:
+            broken = [promise for promise in promises if promise.essential and not promise.holds]
+            raise NotSealed(
+                "open", "a way out is open: " + "; ".join(f"{one.id} {one.title.lower()}: {one.observed}" for one in broken),
+                hint="--allow-unsealed serves all the same and says so on every page",
+            )
+
+    def _status(self) -> dict[str, object]:
+        return {
+            "sealed": self._posture.sealed,
+            "model": {"name": self._config.bundle.name, "digest": self._posture.digest, "key": self._posture.key},
+            "vault": "session: in the worker's memory, and gone with it",
+            "promises": [promise.as_json() for promise in self._posture.promises()],
+        }
+
+    def _answer_who_asked(self) -> None:
+        for connection in self._asked:
+            answer(connection, self._status())
+        self._asked.clear()
+
     # ── Ending ────────────────────────────────────────────────────────────────
 
     def _end_everything(self) -> None:
         """End and reap every child: the worker is asked first, so that an answer under way can finish."""
         if self._pages is not None:
-            _end(self._pages, _GRACE)
+            self._pages.end(_GRACE)
         if self._engine is not None:
-            _end(self._engine, 0)
+            self._engine.end(0)
         self._pages = self._engine = None
-        for end in (self._wire, self._link):
-            if end is not None:
-                end.close()
-        self._wire = self._link = None
-
-
-def _spawn(command: list[str], *descriptors: int) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl+C at the terminal reaches the supervisor alone, who ends its children in order.
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "appliance", *command, "--supervisor", str(os.getpid())],
-        pass_fds=descriptors, stdin=subprocess.DEVNULL, start_new_session=True, env=_environment(),
-    )
-
-
-def _environment() -> dict[str, str]:
-    """Return what a child needs and nothing of systemd's: gunicorn would take NOTIFY_SOCKET and LISTEN_FDS for its own."""
-    kept = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "TZ", "HOME")
-    given = {name: os.environ[name] for name in kept if name in os.environ}
-    return given | {"PYTHONDONTWRITEBYTECODE": "1", "ORT_DISABLE_TELEMETRY": "1"}      # see appliance.engine
-
-
-def _end(child: subprocess.Popen[bytes], grace: float) -> None:
-    if child.returncode is not None:
-        return      # reaped already; whatever it had started dies with it (PDEATHSIG)
-    if grace:
-        child.terminate()
-    until = time.monotonic() + grace
-    # Looked at without being reaped: as long as it is not, its process group cannot be another one's.
-    while time.monotonic() < until and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+        self._worker_pid = 0
+        self._end_visit()
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
+        # The next children have as long as these had.
+        self._answered_at = time.monotonic()
 
 
 def _reason(status: int) -> DarkroomError:
@@ -351,7 +501,16 @@ def _reason(status: int) -> DarkroomError:
         return VerificationRefused("model", "model", "was refused, for the reason above")
     if status == BadRequest.exit_code:
         return BadRequest("model", "the model could not be opened, for the reason above")
+    if status == NotSealed.exit_code:
+        return NotSealed("child", "a process could not be closed off, for the reason above")
     return EngineError("start", f"a process of the appliance ended with status {status} while it was being started")
+
+
+def _watchdog_interval() -> float:
+    """Return how often systemd wants to hear of life, in seconds, halved as sd_watchdog_enabled(3) advises; 0: never."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return 0.0
+    return int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
 
 
 def notify(state: str) -> None:

@@ -210,7 +210,7 @@ def test_systemd_hears_ready_after_a_page_was_answered_and_never_for_a_tampered_
         systemd.bind(address)
         systemd.settimeout(60)
         with running(environment={"NOTIFY_SOCKET": address}) as appliance:
-            assert systemd.recv(64) == b"READY=1"
+            assert systemd.recv(64) == b"READY=1\nSTATUS=sealed"
             assert Visitor(appliance.hostport).get("/").status == 200
             # Neither child has systemd's socket: gunicorn would say READY for itself.
             # (Of an ordinary user's children only root can read the environment.)

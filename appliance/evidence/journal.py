@@ -21,7 +21,7 @@ class Event(enum.IntEnum):
 
     ENGINE_VERIFIED = 1         # files verified, mebibytes
     ENGINE_READY = 2            # milliseconds from start to ready, –
-    WORKER_READY = 3
+    WORKER_READY = 3            # process id, –
     WORKER_HAS_ENGINE = 4
     WORKER_LOST_ENGINE = 5
     JOB_DONE = 6                # pictures, milliseconds
@@ -31,6 +31,10 @@ class Event(enum.IntEnum):
     ENGINE_ENDED = 10           # exit status or minus the signal, –
     WORKER_ENDED = 11           # exit status or minus the signal, –
     CLOSED = 12                 # signal, milliseconds
+    SEALED = 13                 # promises that hold, promises that were looked at
+    UNSEALED = 14               # promises that hold, promises that were looked at
+    ENGINE_STANDS_STILL = 15    # seconds
+    WORKER_STANDS_STILL = 16    # seconds
 
 
 _SENTENCES: Final = {
@@ -46,6 +50,10 @@ _SENTENCES: Final = {
     Event.ENGINE_ENDED: "the engine ended with status {0}",
     Event.WORKER_ENDED: "the worker ended with status {0}",
     Event.CLOSED: "closed after signal {0} in {1} ms",
+    Event.SEALED: "sealed: {0} of {1} promises hold",
+    Event.UNSEALED: "NOT sealed: {0} of {1} promises hold",
+    Event.ENGINE_STANDS_STILL: "the engine has stood still for {0} seconds and is ended",
+    Event.WORKER_STANDS_STILL: "the worker has stood still for {0} seconds and is ended",
 }
 
 

@@ -17,7 +17,7 @@ from flask import Flask
 from appliance.engine.jobs import JobQueue
 from appliance.vault.volume import Vault
 from appliance.web import about, border, develop, pictures, progress, refusals, words
-from appliance.web.room import EXTENSION, Room, WebSettings
+from appliance.web.room import EXTENSION, Room, Seal, WebSettings
 
 __all__ = ["WebSettings", "create_app"]
 
@@ -34,12 +34,21 @@ def _say_nothing(_status: int) -> None:
 
 
 def create_app(
-    *, jobs: JobQueue, vault: Vault, settings: WebSettings, on_failure: Callable[[int], None] = _say_nothing
+    *,
+    jobs: JobQueue,
+    vault: Vault,
+    settings: WebSettings,
+    on_failure: Callable[[int], None] = _say_nothing,
+    seal: Seal | None = None,
 ) -> Flask:
-    """Return the pages over this queue and this vault; `on_failure` is told the status of a request that went wrong here."""
+    """Return the pages over this queue and this vault.
+
+    `on_failure` is told the status of a request that went wrong here; `seal` is what the pages say of the seal, and without
+    one they say that nothing is known of it.
+    """
     app = _Pages(__name__)
     app.logger.disabled = True
-    app.extensions[EXTENSION] = Room(jobs, vault, settings, on_failure)
+    app.extensions[EXTENSION] = Room(jobs, vault, settings, on_failure, seal or Seal())
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     border.install(app)
     refusals.install(app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,34 @@ class WebSettings:
     most_streams_of_a_session: int = 3     # a browser opens six connections to a host: half of them stay free for pages
     most_sessions: int = 500
     idle_minutes: int = 60
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the supervisor has seen of the seal: its conclusion, and each promise as `darkroom status` prints it."""
+
+    sealed: bool
+    promises: tuple[dict[str, object], ...]
+    at: float       # Unix time
+
+
+class Seal:
+    """The latest that was seen; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._seen: Seen | None = None
+
+    def show(self, said: dict[str, object]) -> None:
+        """Take what the supervisor says."""
+        promises = said.get("promises")
+        self._seen = Seen(
+            said.get("sealed") is True, tuple(promises) if isinstance(promises, list) else (), time.time()
+        )
+
+    @property
+    def seen(self) -> Seen | None:
+        """What was seen; None before the first look."""
+        return self._seen
 
 
 class Streams:
@@ -54,13 +83,16 @@ class Streams:
 
 
 class Room:
-    """The queue, the vault, the sessions and the limits."""
+    """The queue, the vault, the sessions, the limits, and what was seen of the seal."""
 
-    def __init__(self, jobs: JobQueue, vault: Vault, settings: WebSettings, on_failure: Callable[[int], None]) -> None:
+    def __init__(
+        self, jobs: JobQueue, vault: Vault, settings: WebSettings, on_failure: Callable[[int], None], seal: Seal
+    ) -> None:
         self.jobs = jobs
         self.vault = vault
         self.settings = settings
         self.on_failure = on_failure
+        self.seal = seal
         self.streams = Streams(settings.most_streams, settings.most_streams_of_a_session)
         self.sessions = SessionTable(
             idle_seconds=60 * settings.idle_minutes, most=settings.most_sessions, on_end=self._forget

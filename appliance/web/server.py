@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,9 +22,10 @@ from gunicorn.glogging import Logger
 
 from appliance.engine.jobs import JobQueue
 from appliance.evidence.journal import Event, EventPipe
-from appliance.seal.confine import settle
-from appliance.supervisor import NEW_ENGINE
+from appliance.seal.confine import Standing, close_off_child
 from appliance.vault.volume import Vault
+from appliance.web.attendant import Admitted, Attendant
+from appliance.web.room import Seal
 
 THREADS: Final = 64         # a stream takes one each while it lasts
 STREAMS: Final = 24
@@ -33,11 +33,16 @@ STREAMS: Final = 24
 
 @dataclass(frozen=True)
 class Descriptors:
-    """The descriptors that the supervisor hands down: listener, its link to the worker, the event pipe."""
+    """What the supervisor hands down: listener, its link to the worker, the event pipe, and the walls of both processes.
+
+    A wall is a filter and a ruleset, None where the kernel has no Landlock.
+    """
 
     listener: int
     link: int
     events: int
+    arbiter: tuple[int, int | None]
+    worker: tuple[int, int | None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Limits:
 
 def serve(limits: Limits, descriptors: Descriptors, *, supervisor: int) -> None:
     """Run gunicorn until it is told to end."""
-    settle(supervisor, expendable=False)
+    filter_fd, ruleset_fd = descriptors.arbiter
+    close_off_child(supervisor, expendable=False, filter_fd=filter_fd, ruleset_fd=ruleset_fd)
     _Application(limits, descriptors).run()
 
 
@@ -80,6 +86,8 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
         self._limits = limits
         self._descriptors = descriptors
         self._arbiter = os.getpid()
+        self._standing = Standing()     # of the worker, and the worker itself: set after the fork
+        self._worker: Any = None
         super().__init__()
 
     def load_config(self) -> None:
@@ -107,8 +115,16 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
         for name, value in settings.items():
             self.cfg.set(name, value)
 
-    def _in_worker(self, _arbiter: object, _worker: object) -> None:
-        settle(self._arbiter, expendable=False)
+    def _in_worker(self, _arbiter: object, worker: Any) -> None:
+        filter_fd, ruleset_fd = self._descriptors.worker
+        self._standing = close_off_child(
+            self._arbiter, expendable=False, filter_fd=filter_fd, ruleset_fd=ruleset_fd, forked=True
+        )
+        self._worker = worker
+
+    def _admit(self, connection: socket.socket) -> None:
+        """Let a connection in as if the listener had accepted it, on the worker's own thread."""
+        self._worker.method_queue.defer(self._worker.accept, Admitted(connection))
 
     def _worker_ended(self, _arbiter: object, _worker: object) -> None:
         # A worker that ended took the pictures with it: that is a close. gunicorn would fork another one, whose link and
@@ -119,34 +135,20 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
         from appliance.web.app import WebSettings, create_app
 
         events = EventPipe(self._descriptors.events)
-        link = socket.socket(fileno=self._descriptors.link)
         vault = Vault(capacity=self._limits.memory_for_pictures)
         jobs = JobQueue(
             vault,
             capacity=self._limits.queue,
             on_engine=lambda there: events.say(Event.WORKER_HAS_ENGINE if there else Event.WORKER_LOST_ENGINE),
         )
+        seal = Seal()
         app = create_app(
             jobs=jobs,
             vault=vault,
             settings=WebSettings(allowed_hosts=self._limits.hosts, most_streams=STREAMS),
             on_failure=lambda status: events.say(Event.REQUEST_FAILED, status),
+            seal=seal,
         )
-        threading.Thread(target=_take_engines, args=(link, jobs), name="supervisor-link", daemon=True).start()
-        events.say(Event.WORKER_READY)
+        Attendant(socket.socket(fileno=self._descriptors.link), self._standing, jobs, seal, self._admit).start()
+        events.say(Event.WORKER_READY, os.getpid())
         return app
-
-
-def _take_engines(link: socket.socket, jobs: JobQueue) -> None:
-    """Attach each engine whose wire the supervisor sends; a link that ends or cannot be read ends the worker.
-
-    A worker that can be given no engine any more would show "being started" for ever; its end is a close.
-    """
-    try:
-        while True:
-            message, descriptors, _, _ = socket.recv_fds(link, len(NEW_ENGINE), 1, socket.MSG_CMSG_CLOEXEC)
-            if message != NEW_ENGINE or len(descriptors) != 1:
-                break
-            jobs.attach(socket.socket(fileno=descriptors[0]))
-    finally:
-        os._exit(1)
