@@ -66,16 +66,21 @@ def _children(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running(*options: str, environment: dict[str, str] | None = None) -> Iterator[Appliance]:
-    """Start the appliance on a free port and close it afterwards."""
+def running(
+    *options: str, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()
+) -> Iterator[Appliance]:
+    """Start the appliance on a free port, by way of `launcher` where there is one, and close it afterwards."""
     with tempfile.TemporaryDirectory(prefix="darkroom-test-") as name:
         folder = Path(name)
         said = folder / "said.log"
-        command = [sys.executable, "-m", "appliance", "serve", "--port", "0", *options]
+        command = [*launcher, sys.executable, "-m", "appliance", "serve", "--port", "0", *options]
         with said.open("wb") as out:
             process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder,
-                env={**os.environ, "TMPDIR": name, "PYTHONPATH": str(Path(__file__).parent.parent), **(environment or {})},
+                env={
+                    **os.environ, "TMPDIR": name, "XDG_RUNTIME_DIR": name, "PYTHONPATH": str(Path(__file__).parent.parent),
+                    **(environment or {}),
+                },
             )
         try:
             appliance = Appliance(process, _address(process, said), said, folder)

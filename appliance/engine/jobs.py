@@ -329,7 +329,8 @@ class JobQueue:
             wire.send(self._engine, order)
         except OSError:
             with contextlib.suppress(OSError):      # it may be gone altogether
-                self._engine.shutdown(socket.SHUT_RDWR)
+                # The engine sees the end and ends too; the filter lets a worker shut down no more than its own half.
+                self._engine.shutdown(socket.SHUT_WR)
             return False
         return True
 

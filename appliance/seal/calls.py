@@ -152,9 +152,18 @@ GROUPS: Final[tuple[Group, ...]] = (
         "either it is a connect by another name",
         _ALL,
         (
-            *_plain("recvfrom recvmsg poll ppoll select pselect6 getsockname getpeername getsockopt shutdown"),
+            *_plain("recvfrom recvmsg poll ppoll select pselect6 getsockname getpeername getsockopt"),
             Allowed("sendto", (Is(3, 0, MSG_FASTOPEN), Is(4, 0))),
         ),
+    ),
+    Group(
+        "hanging up", "telling the other side that no more comes. Not the receiving half: on the listener that would close the "
+        "door and leave a socket that data can be sent from",
+        ("arbiter", "worker"), _where("shutdown", 1, (socket.SHUT_WR,)),
+    ),
+    Group(
+        "hanging up on the wire", "both halves of it; the engine holds no listener",
+        ("supervisor", "engine"), _plain("shutdown"),
     ),
     Group(
         "answering visitors", "accepting connections and waiting for many of them at once",

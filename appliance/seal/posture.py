@@ -60,7 +60,7 @@ class Promise:
 class Machine:
     """What the machine is like beneath all of this."""
 
-    interfaces: tuple[str, ...] = ()        # of the network namespace, less lo
+    interfaces: tuple[str, ...] = ()        # of the network namespace; lo only where it is up
     swap: tuple[str, ...] = ()              # areas that may hold memory in the clear
     swap_known: bool = True
 
@@ -194,7 +194,7 @@ class Posture:
         found = self.machine.interfaces
         return Promise(
             "1.network", title, not found,
-            f"supervisor: {', '.join(found)} can be seen" if found else "supervisor: no interface but lo, and that is down",
+            f"supervisor: {', '.join(found)} can be seen" if found else "supervisor: no interface is up",
         )
 
     def _privileges(self) -> Promise:
@@ -280,6 +280,9 @@ def look_at_machine(read: Callable[[str], str]) -> Machine:
         interfaces = tuple(
             name for line in read("/proc/self/net/dev").splitlines()[2:] if (name := line.partition(":")[0].strip()) != "lo"
         )
+        # A loopback interface that is up has an address: the host's has, a new namespace's has not.
+        if "127.0.0.1" in read("/proc/self/net/fib_trie"):
+            interfaces = (*interfaces, "lo")
     except OSError:
         interfaces = ("unknown",)
     try:

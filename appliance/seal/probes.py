@@ -142,6 +142,7 @@ _SERVED: Final = (
     _Attempt("sendmsg with MSG_FASTOPEN", 46, 211, (_NOWHERE, 0, MSG_FASTOPEN)),
     _Attempt("sendmmsg", 307, 269, (_NOWHERE, 0, 1, 0)),
     _Attempt("sendmmsg with MSG_FASTOPEN", 307, 269, (_NOWHERE, 0, 1, MSG_FASTOPEN)),
+    _Attempt("shutdown of a listener", 48, 210, (_NOWHERE, socket.SHUT_RDWR)),
     _Attempt("setsockopt TCP_FASTOPEN_CONNECT", 54, 208, (_NOWHERE, socket.IPPROTO_TCP, 30, 0, 4)),
 )
 _FORBIDDEN: Final = (
@@ -201,11 +202,11 @@ _LOOSENING: Final = (
 # What a parent needs for its work; the filter takes these from the children that hold content.
 _SPARED: Final[Mapping[Role, frozenset[str]]] = {
     "supervisor": frozenset({
-        "listen", "sendmsg", "execve", "kill", "prctl PR_SET_PDEATHSIG", "prlimit64 with a new limit", "seccomp",
+        "listen", "shutdown of a listener", "sendmsg", "execve", "kill", "prctl PR_SET_PDEATHSIG", "prlimit64 with a new limit", "seccomp",
     }),
     "arbiter": frozenset({"listen", "kill", "prlimit64 with a new limit", "seccomp"}),
     "worker": frozenset(),
-    "engine": frozenset(),
+    "engine": frozenset({"shutdown of a listener"}),        # it holds none
 }
 ATTEMPTS: Final = {Probe.SERVED: len(_SERVED), Probe.CALLS: len(_FORBIDDEN), Probe.LOOSENING: len(_LOOSENING)}
 

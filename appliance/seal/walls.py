@@ -218,10 +218,13 @@ def _interpreter() -> tuple[Path, ...]:
 
 
 def _imported_from() -> Iterator[Path]:
-    """Yield sys.path without the repository that an editable installation adds, and Darkroom's own package instead."""
+    """Yield sys.path as the children have it, with Darkroom's own package in the place of the repository around it.
+
+    The first entry is where the command was started from or lies (sys.flags.safe_path); the children are started without.
+    """
     package = Path(__file__).resolve().parent.parent
     yield package
-    for entry in sys.path:
+    for entry in sys.path if sys.flags.safe_path else sys.path[1:]:
         place = Path(entry or ".").resolve()
         if place != package.parent or "site-packages" in place.parts or "dist-packages" in place.parts:
             yield place

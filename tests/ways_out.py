@@ -1,0 +1,193 @@
+"""Every way out that is known, as code for `Taken.inside`: each way by name, with what became of it.
+
+"through" means that the call did what a way out needs; whether anything arrived is for the listeners outside to say.
+"""
+
+from __future__ import annotations
+
+
+def filled(code: str, **values: object) -> str:
+    """Return the code with each @name@ replaced by the value, as Python writes it."""
+    for name, value in values.items():
+        code = code.replace(f"@{name}@", repr(value))
+    return code
+
+
+_BEGIN = """
+import ctypes, errno, os, socket, struct
+libc = ctypes.CDLL(None, use_errno=True)
+answer = {}
+def way(name, attempt):
+    try:
+        done = attempt()
+        answer[name] = "through" if done is not False else "nothing there to try it with"
+    except OSError as error:
+        answer[name] = "refused: " + (errno.errorcode.get(error.errno, str(error)) if error.errno else str(error))
+def call(number, *arguments):
+    ctypes.set_errno(0)
+    done = libc.syscall(number, *arguments)
+    if done < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return True
+def address(port):
+    return struct.pack("=HH4s8x", socket.AF_INET, socket.htons(port), socket.inet_aton("127.0.0.1"))
+def mine(listening):
+    # every inet socket that this process has open, in copies: what is tried must not close the real one
+    for fd in range(3, 1024):
+        try:
+            one = socket.socket(fileno=os.dup(fd))
+        except OSError:
+            continue
+        try:
+            if one.family == socket.AF_INET and bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) == listening:
+                if listening or one.getpeername():
+                    return one
+        except OSError:
+            pass
+        one.close()
+    return None
+UNSPEC = struct.pack("=H14x", socket.AF_UNSPEC)
+"""
+
+NETWORK = _BEGIN + """
+def fresh():
+    one = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    one.settimeout(5)
+    one.connect(("127.0.0.1", @port@))
+    one.sendall(b"fresh")
+way("a new TCP socket", fresh)
+def datagram():
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"datagram", ("127.0.0.1", @port@))
+way("a new UDP socket", datagram)
+for family in range(46):
+    for kind in (1, 2, 3, 5):
+        if family == 1:
+            continue
+        try:
+            socket.socket(family, kind).close()
+            answer["families"] = "through"
+        except OSError:
+            pass
+answer.setdefault("families", "refused")
+def reconnect(listening, what):
+    def attempt():
+        one = mine(listening)
+        if one is None:
+            return False
+        call(42, one.fileno(), UNSPEC, 16)
+        one.settimeout(5)
+        one.connect(("127.0.0.1", @port@))
+        one.sendall(what)
+        one.close()
+    return attempt
+def fast_open(listening, number, what):
+    def attempt():
+        one = mine(listening)
+        if one is None:
+            return False
+        if listening:
+            one.shutdown(socket.SHUT_RDWR)
+        else:
+            try:
+                call(42, one.fileno(), UNSPEC, 16)
+            except OSError:
+                pass
+        if number == 44:
+            one.sendto(what, 0x20000000, ("127.0.0.1", @port@))
+        elif number == 46:
+            one.sendmsg([what], [], 0x20000000, ("127.0.0.1", @port@))
+        else:
+            where, text = ctypes.create_string_buffer(address(@port@)), ctypes.create_string_buffer(what)
+            vector = struct.pack("=QQ", ctypes.addressof(text), len(what))
+            pointed = ctypes.create_string_buffer(vector)
+            header = struct.pack("=QIxxxxQQQQIxxxxIxxxx", ctypes.addressof(where), 16, ctypes.addressof(pointed), 1, 0, 0, 0, 0)
+            call(307, one.fileno(), ctypes.create_string_buffer(header), 1, 0x20000000)
+        one.close()
+    return attempt
+way("accepted socket, fast open by sendto", fast_open(False, 44, b"sendto"))
+way("accepted socket, fast open by sendmsg", fast_open(False, 46, b"sendmsg"))
+way("accepted socket, fast open by sendmmsg", fast_open(False, 307, b"sendmmsg"))
+way("accepted socket, connected anew", reconnect(False, b"accepted"))
+def bound():
+    one = mine(False)
+    if one is None:
+        return False
+    call(42, one.fileno(), UNSPEC, 16)
+    one.bind(("127.0.0.1", 0))
+way("accepted socket, bound anew", bound)
+"""
+
+# These end the listening socket where they get through: last, and in a run of their own.
+LISTENER = NETWORK.replace('way("a new TCP', 'if False: way("a new TCP') + """
+answer.clear()
+way("listening socket, fast open after shutdown", fast_open(True, 44, b"listener-sendto"))
+way("listening socket, connected anew", reconnect(True, b"listener"))
+"""
+
+UNIX = _BEGIN + """
+def stream(path):
+    def attempt():
+        one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        one.settimeout(5)
+        one.connect(path)
+        one.sendall(@canary@)
+    return attempt
+def datagram(path):
+    def attempt():
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(@canary@, path)
+    return attempt
+def paired(path):
+    def attempt():
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ours.sendto(@canary@, path)
+    return attempt
+def turned(path):
+    def attempt():
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ours.connect(path)
+        ours.send(@canary@)
+    return attempt
+for name, path in @streams@.items():
+    way(name + ", connected to", stream(path))
+for name, path in @datagrams@.items():
+    way(name + ", sent to", datagram(path))
+    way(name + ", sent to from one of a pair", paired(path))
+    way(name + ", connected to with one of a pair", turned(path))
+"""
+
+OTHERS = _BEGIN + """
+libc.process_vm_readv.restype = ctypes.c_ssize_t
+def opened(path, mode=os.O_RDONLY):
+    return lambda: os.close(os.open(path, mode))
+def listed(path):
+    return lambda: os.listdir(path) is None
+for pid in @peers@:
+    way("memory of a peer", opened("/proc/%d/mem" % pid))
+    way("environment of a peer", opened("/proc/%d/environ" % pid))
+    way("descriptors of a peer", listed("/proc/%d/fd" % pid))
+    way("ptrace attach", lambda: call(101, 16, pid, 0, 0))
+    way("ptrace seize", lambda: call(101, 0x4206, pid, 0, 0))
+    way("process_vm_readv", lambda: call(310, pid, 0, 0, 0, 0, 0))
+    way("pidfd_open", lambda: call(434, pid, 0))
+    way("a signal to a peer", lambda: os.kill(pid, 0))
+for path in @unreadable@:
+    way("reading " + path, opened(path))
+for folder in @unwritable@:
+    def write(folder=folder):
+        path = folder + "/darkroom-taken-over"
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        os.unlink(path)
+    way("writing in " + folder, write)
+way("unshare", lambda: call(272, 0x04000000))
+way("io_uring", lambda: call(425, 4, ctypes.create_string_buffer(120)))
+def forked():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+way("a new process", forked)
+way("another program", lambda: call(59, b"/nowhere", 0, 0))
+way("a memfd", lambda: os.close(os.memfd_create("x")))
+way("dumpable again", lambda: call(157, 4, 1, 0, 0, 0))
+way("core dumps again", lambda: call(302, 0, 4, struct.pack("=QQ", 1, 1), 0))
+"""
