@@ -6,7 +6,7 @@ supervisor of ours, and gunicorn's own ways of listening, logging and being cont
 1. The socket comes as `fd://N`; gunicorn opens none, and its control socket is disabled.
 2. Its messages quote request lines and exceptions, so they go nowhere: `_Silence` says at most that a request failed.
 3. Its heartbeat file lies in /dev/shm, which is memory.
-4. Header and body sizes are limited before our code sees a request.
+4. Its worker is ours (`patience`): a thread is for a request that is there whole, within limits of size and time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from appliance.evidence.journal import Event, EventPipe
 from appliance.seal.confine import Standing, close_off_child
 from appliance.vault.volume import Vault
 from appliance.web.attendant import Admitted, Attendant
+from appliance.web.patience import PatientWorker
 from appliance.web.room import Seal
 
 THREADS: Final = 64         # a stream takes one each while it lasts
 STREAMS: Final = 24
+CONNECTIONS: Final = 512    # in all; what happens when every place is taken is said in `patience`
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,10 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
         settings: dict[str, object] = {
             "bind": f"fd://{self._descriptors.listener}",
             "workers": 1,
-            "worker_class": "gthread",
+            "worker_class": PatientWorker,
             "threads": THREADS,
-            "worker_connections": 512,
+            "worker_connections": CONNECTIONS,
+            "sendfile": False,                # what is sent goes through the worker's own outlet
             "worker_tmp_dir": "/dev/shm",     # noqa: S108     # the arbiter's heartbeat file holds nothing
             "control_socket_disable": True,
             "logger_class": _Silence,
@@ -104,7 +107,7 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
             "timeout": 30,
             "graceful_timeout": 1,
             "keepalive": 5,
-            "limit_request_line": 2048,
+            "limit_request_line": PatientWorker.patience.sizes.line,
             "limit_request_fields": 48,
             "limit_request_field_size": 4096,
             "forwarded_allow_ips": "",
