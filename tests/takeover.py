@@ -17,7 +17,7 @@ import json
 import os
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.conftest import Appliance, eventually, running
@@ -72,18 +72,26 @@ class Taken:
     appliance: Appliance
     folder: Path
     number: int = 0
+    _held: list[int] = field(default_factory=list)
+
+    def order(self, role: str, code: str) -> None:
+        """Run `code` inside worker or engine, and do not wait for what it leaves in `answer`."""
+        self.number += 1
+        order = base64.b64encode(f"number = {self.number}\n{textwrap.dedent(code)}".encode())
+        # Held open: a reader that comes late must still find the line.
+        self._held.append(fifo := os.open(self.folder / role, os.O_WRONLY))
+        os.write(fifo, order + b"\n")
 
     def inside(self, role: str, code: str, seconds: float = 60.0) -> object:
         """Run `code` inside worker or engine and return what it left in `answer`."""
-        self.number += 1
-        order = base64.b64encode(f"number = {self.number}\n{textwrap.dedent(code)}".encode())
-        fifo = os.open(self.folder / role, os.O_WRONLY)
-        try:
-            os.write(fifo, order + b"\n")
-            eventually(self._answers, seconds)
-        finally:
-            os.close(fifo)
+        self.order(role, code)
+        eventually(self._answers, seconds)
         return self._answers()[0]
+
+    def close(self) -> None:
+        """Close the FIFOs."""
+        while self._held:
+            os.close(self._held.pop())
 
     def _answers(self) -> list[object]:
         found = []
@@ -112,4 +120,6 @@ def taken_over(
 ) -> Iterator[Taken]:
     """Start an appliance with the hook in it."""
     with running(*options, environment=hook(folder, alteration), launcher=launcher) as appliance:
-        yield Taken(appliance, folder)
+        taken = Taken(appliance, folder)
+        with contextlib.closing(taken):
+            yield taken

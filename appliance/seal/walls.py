@@ -191,6 +191,8 @@ def _rules(role: Role, paths: Paths) -> Iterator[tuple[Path, AccessFs]]:
         yield from ((Path(place), _READ) for place in _MACHINE)
         yield from ((place, _READ) for place in _BUSES.glob("pci*"))
     if role == "supervisor":
+        # Where a child looks for the package when it starts: names only, and the child gives that up again.
+        yield Path(__file__).resolve().parent.parent.parent, AccessFs.READ_DIR
         yield Path("/proc"), _READ | _offering()
         yield paths.run_folder, _WRITE
     if role in ("supervisor", "arbiter"):
