@@ -16,6 +16,12 @@ file's. The result is frozen and is passed to whoever needs it; nobody reads the
     queue = 8
     memory_for_pictures = 512     # MiB
     threads = 2                   # of the engine; left out, ONNX Runtime takes one for each core
+
+    [seal]
+    allow_unsealed = false        # true: serve although a way out was found open, with a banner on every page
+
+    [run]
+    folder = "/run/darkroom"      # of the control socket; left out, the user's runtime folder
 """
 
 from __future__ import annotations
@@ -35,6 +41,8 @@ MOST_THREADS: Final = 256
 _KEYS: Final = {
     "listen": {"host", "port"},
     "model": {"bundle", "trust"},
+    "seal": {"allow_unsealed"},
+    "run": {"folder"},
     "limits": {"queue", "memory_for_pictures", "threads"},
 }
 
@@ -50,8 +58,8 @@ class Config:
     queue: int                      # jobs that may wait
     memory_for_pictures: int        # bytes
     threads: int | None             # of the engine
-    allow_unsealed: bool = False    # serve although a way out is open, and say so on every page
-    run_folder: Path | None = None  # of the control socket; None: the user's runtime folder
+    allow_unsealed: bool            # serve although a way out is open, and say so on every page
+    run_folder: Path | None         # of the control socket; None: the user's runtime folder
 
     @classmethod
     def parse(cls, untrusted: Mapping[str, object]) -> Config:
@@ -68,6 +76,8 @@ class Config:
             queue=document.whole("limits", "queue", 8, 1, 1000),
             memory_for_pictures=document.whole("limits", "memory_for_pictures", 512, 1, 1 << 20) << 20,
             threads=document.whole("limits", "threads", 0, 0, MOST_THREADS) or None,
+            allow_unsealed=document.yes_or_no("seal", "allow_unsealed", False),
+            run_folder=document.optional_path("run", "folder"),
         )
         if not is_loopback(config.host):
             document.errors.append(
@@ -150,6 +160,18 @@ class _Document:
             self.errors.append(f"{table}.{key}: must be a whole number from {low} to {high}")
             return default
         return value
+
+    def yes_or_no(self, table: str, key: str, default: bool) -> bool:
+        value = self._get(table, key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            self.errors.append(f"{table}.{key}: must be true or false")
+            return default
+        return value
+
+    def optional_path(self, table: str, key: str) -> Path | None:
+        return None if self._get(table, key) is None else self.path(table, key, Path())
 
     def path(self, table: str, key: str, default: Path) -> Path:
         return Path(self.text(table, key, str(default)))

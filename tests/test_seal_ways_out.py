@@ -80,7 +80,7 @@ def listening(folder: Path) -> Iterator[Outside]:
             for path in paths.values():
                 one = held.enter_context(socket.socket(socket.AF_UNIX, kind))
                 one.bind(path)
-                Path(path).chmod(0o777)     # noqa: S103     # as open to everybody as those of the system are
+                Path(path).chmod(0o777)     # as open to everybody as those of the system are
                 unix.append(one)
         ended = threading.Event()
 

@@ -28,6 +28,14 @@ def darkroom(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def darkroom_said(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command that ends by itself, in an environment of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "appliance", *arguments], capture_output=True, text=True, timeout=180, check=False,
+        stdin=subprocess.DEVNULL, env={**os.environ, **environment},
+    )
+
+
 def gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] == "Z"

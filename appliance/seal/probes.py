@@ -18,12 +18,10 @@ import json
 import os
 import platform
 import resource
-import secrets
 import socket
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from appliance.seal.calls import MSG_FASTOPEN, Role
@@ -239,13 +237,11 @@ def _unix_ways(planted: str) -> int:
 
 
 def _can_write(folder: str) -> bool:
-    path = Path(folder) / f".darkroom-probe-{secrets.token_hex(8)}"
+    # A file without a name: where it can be made nothing is left of it, not even by a process that may not unlink.
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     except OSError:
         return False
-    with contextlib.suppress(OSError):
-        path.unlink()
     return True
 
 
