@@ -256,7 +256,8 @@ class State:
             ) from None
         opened = [root]
         try:
-            opened += [root.below(name) for name in ("audit", "certificates")]
+            for name in ("audit", "certificates"):
+                opened.append(root.below(name))     # one by one: the second may be refused
         except BaseException:
             for folder in opened:
                 folder.close()
