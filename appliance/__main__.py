@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
         "status", help="say what a running appliance has observed of its seal", allow_abbrev=False,
         description="Ask the running appliance to try every way out anew, and print what it found.",
     )
-    status.add_argument("--run", type=Path, metavar="FOLDER", help="the appliance's run folder, where it was configured")
+    status.add_argument(
+        "--run-folder", type=Path, metavar="FOLDER", help="the appliance's run folder, where it was configured"
+    )
     status.add_argument("--pid", type=int, help="which appliance, where several are running")
     status.add_argument("--json", action="store_true", help="print it as JSON")
     status.set_defaults(run=_status)
@@ -219,7 +221,7 @@ def _installed(distribution: str) -> bool:
 def _status(given: argparse.Namespace) -> None:
     from appliance.seal.control import Running, ask, find, run_folder, the_only
 
-    folder = run_folder(given.run, os.environ)
+    folder = run_folder(given.run_folder, os.environ)
     running = the_only(folder) if given.pid is None else next(
         (one for one in find(folder) if one.pid == given.pid), None
     )

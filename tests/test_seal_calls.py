@@ -17,18 +17,20 @@ from appliance.seal.calls import GROUPS, ROLES, names
 from appliance.seal.walls import program
 
 ROOT = Path(__file__).parent.parent
-NEVER = (       # by worker and engine, whatever the future brings
-    "socket connect bind listen sendmsg sendmmsg execve execveat fork vfork ptrace process_vm_readv process_vm_writev pidfd_open "
-    "pidfd_getfd pidfd_send_signal io_uring_setup io_uring_enter io_uring_register setns unshare mount umount2 bpf keyctl add_key "
-    "request_key userfaultfd open_by_handle_at name_to_handle_at perf_event_open kill tkill tgkill rt_sigqueueinfo memfd_create "
-    "seccomp landlock_restrict_self clone3 chroot pivot_root init_module finit_module kexec_load reboot swapon acct personality "
-    "vmsplice splice tee shmget msgget semget mq_open symlink symlinkat link linkat mknod mknodat"
-).split()
+NEVER = {      # by worker and engine, whatever the future brings
+    "socket", "connect", "bind", "listen", "sendmsg", "sendmmsg", "execve", "execveat", "fork", "vfork", "ptrace",
+    "process_vm_readv", "process_vm_writev", "pidfd_open", "pidfd_getfd", "pidfd_send_signal", "io_uring_setup",
+    "io_uring_enter", "io_uring_register", "setns", "unshare", "mount", "umount2", "bpf", "keyctl", "add_key", "request_key",
+    "userfaultfd", "open_by_handle_at", "name_to_handle_at", "perf_event_open", "kill", "tkill", "tgkill", "rt_sigqueueinfo",
+    "memfd_create", "seccomp", "landlock_restrict_self", "clone3", "chroot", "pivot_root", "init_module", "finit_module",
+    "kexec_load", "reboot", "swapon", "acct", "personality", "vmsplice", "splice", "tee", "shmget", "msgget", "semget",
+    "mq_open", "symlink", "symlinkat", "link", "linkat", "mknod", "mknodat",
+}
 
 
 @pytest.mark.parametrize("role", ["worker", "engine"])
 def test_a_process_with_content_may_make_none_of_the_calls_that_lead_out(role: calls.Role) -> None:
-    assert set(names(role)) & set(NEVER) == set()
+    assert set(names(role)) & NEVER == set()
 
 
 def test_the_lists_nest_so_that_each_process_can_only_be_tighter_than_its_parent() -> None:
