@@ -16,7 +16,7 @@ from appliance.seal.posture import Machine, Posture, Threads, look_at_machine, l
 from appliance.seal.probes import Errand, Probe, pack, unpack
 
 ROLES: tuple[Role, ...] = ("supervisor", "worker", "engine")
-CLEAN = {probe: 0 for probe in Probe} | {Probe.PARENT: 9}
+CLEAN = dict.fromkeys(Probe, 0) | {Probe.PARENT: 9}
 GOOD = Posture(
     found={role: dict(CLEAN) for role in ROLES},
     threads={role: Threads(3, 3, 3, 3) for role in (*ROLES, "arbiter")},
@@ -38,7 +38,7 @@ def test_nothing_that_was_not_observed_is_taken_to_hold() -> None:
     unknown = Posture.unknown()
     assert not unknown.sealed
     held = {promise.id for promise in unknown.promises() if promise.holds}
-    assert held == {"1.network", "3.swap"} or held == {"1.network"} or held == {"3.swap"}, held
+    assert held == {"1.network", "3.swap"}, "the defaults of what was not looked at"
 
 
 @pytest.mark.parametrize("role", ROLES)

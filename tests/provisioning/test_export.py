@@ -307,7 +307,7 @@ def test_the_whole_pipeline_draws_what_diffusers_draws_from_the_same_noise(
     error = np.mean((ours.pixels.astype(np.float64) - np.rint(theirs * 255)) ** 2)
     psnr = float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
     record_property("psnr", psnr)
-    print(f"{sampler} {prediction} guidance {guidance}: {psnr:.1f} dB")    # noqa: T201 - shown by pytest -rP
+    print(f"{sampler} {prediction} guidance {guidance}: {psnr:.1f} dB")
     assert np.std(theirs) > 0.02, "a picture of one colour would agree with anything"
     assert bool(drawn) == (sampler == "euler_a")
     assert psnr >= PSNR
