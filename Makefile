@@ -44,10 +44,10 @@ setup-dev: .venv-dev/.ready  ## install both sides and the tests' tools into .ve
 	@$(DEV)/pip install --quiet --no-build-isolation --editable '.[cpu,provisioning,dev]'
 	@touch $@
 
-system:  # Debian packages that systemd-python is built against
-	@sh packaging/debian-packages gcc libc6-dev pkg-config libsystemd-dev python3-dev python3-venv
-system-dev: system  # … and those that the tests drive: a browser, a second witness for signatures
-	@sh packaging/debian-packages chromium openssl
+system:  # Debian packages: libseccomp compiles the filters; the others are what systemd-python is built against
+	@sh packaging/debian-packages libseccomp2 gcc libc6-dev pkg-config libsystemd-dev python3-dev python3-venv
+system-dev: system  # … and those that the tests drive: a browser, a second witness for signatures, one for the kernel's calls
+	@sh packaging/debian-packages chromium openssl strace systemd
 
 lock: setup-dev  ## write the locks with hashes anew
 	$(DEV)/python packaging/lock.py

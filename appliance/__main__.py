@@ -88,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="port to listen on, 0 for any free one (default 8000)")
     serve.add_argument("--config", type=Path, metavar="FILE", help="configuration, a TOML file")
     serve.add_argument(
+        "--check", action="store_true", help="say what serve would refuse, all at once, and start nothing",
+    )
+    serve.add_argument(
         "--allow-unsealed", action="store_true", default=None,
         help="serve although a way out was found open; every page says so",
     )
@@ -165,8 +168,15 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 def _serve(given: argparse.Namespace) -> None:
     from appliance.supervisor import serve
 
-    document = read(given.config) if given.config is not None else {}
-    config = Config.parse(_with_options(document, given))
+    options = _options(given)
+    if given.check:
+        from appliance.checking import check
+
+        _check_runtime()
+        for sentence in check(given.config, options, os.environ):
+            print(sentence)
+        return
+    config = Config.parse(read(given.config) if given.config is not None else {}, options)
     _check_runtime()
     _say(f"verifying {config.bundle.name} …")
     serve(config, ready=_announce, publish=to_journal(_say))
@@ -176,9 +186,9 @@ def _announce(address: str) -> None:
     print(f"Darkroom is open at {address}  (Ctrl+C closes it, and nothing is left)", flush=True)
 
 
-def _with_options(document: dict[str, object], given: argparse.Namespace) -> dict[str, object]:
-    """Return the document with the command line's values in the place of the file's."""
-    options = {
+def _options(given: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """Return what the command line sets, in the form of the configuration; None was not given."""
+    return {
         "listen": {"host": given.host, "port": given.port},
         "seal": {"allow_unsealed": given.allow_unsealed},
         "model": {
@@ -186,13 +196,6 @@ def _with_options(document: dict[str, object], given: argparse.Namespace) -> dic
             "trust": None if given.trust is None else [str(key) for key in given.trust],
         },
     }
-    merged = dict(document)
-    for table, values in options.items():
-        present = {key: value for key, value in values.items() if value is not None}
-        held = merged.get(table, {})
-        if present and isinstance(held, dict):
-            merged[table] = {**held, **present}
-    return merged
 
 
 def _check_runtime() -> None:
