@@ -135,7 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print it as JSON")
     status.set_defaults(run=_status)
 
-    # What the supervisor starts; not for people, so not in the help.
+    _add_children(commands)
+    return parser
+
+
+def _add_children(commands: argparse._SubParsersAction[_Parser]) -> None:
+    """Add what the supervisor starts; not for people, so not in the help."""
     engine = commands.add_parser("engine")
     engine.add_argument("--bundle", type=Path, required=True)
     engine.add_argument("--trust", type=Path, action="append", required=True)
@@ -154,7 +159,6 @@ def _parser() -> argparse.ArgumentParser:
     pages.add_argument("--worker-ruleset", type=int)
     pages.add_argument("--host", action="append", required=True)
     pages.set_defaults(run=_pages)
-    return parser
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:

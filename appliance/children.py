@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from appliance.errors import BadRequest, DarkroomError, EngineError, NotSealed, VerificationRefused
 from appliance.evidence.journal import Event, Record, records
 from appliance.link import ALIVE, LARGEST_MESSAGE, MODEL, PROBE, REPORT, SECONDS
 from appliance.seal.calls import Role
@@ -140,6 +141,17 @@ class Child:
 
     def _has_ended(self) -> bool:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def reason_of(status: int) -> DarkroomError:
+    """Return the error that a child's exit status stands for; the child has said the sentence on standard error."""
+    if status == VerificationRefused.exit_code:
+        return VerificationRefused("model", "model", "was refused, for the reason above")
+    if status == BadRequest.exit_code:
+        return BadRequest("model", "the model could not be opened, for the reason above")
+    if status == NotSealed.exit_code:
+        return NotSealed("child", "a process could not be closed off, for the reason above")
+    return EngineError("start", f"a process of the appliance ended with status {status} while it was being started")
 
 
 def state_of(pid: int) -> tuple[str, int]:

@@ -26,30 +26,30 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
-from appliance.children import Child, state_of
+from appliance.children import Child, reason_of, state_of
 from appliance.config import Config
-from appliance.errors import BadRequest, DarkroomError, EngineError, NotSealed, VerificationRefused
+from appliance.errors import BadRequest, EngineError, NotSealed, VerificationRefused
 from appliance.evidence.journal import Event, Record
 from appliance.link import ENGINE, POSTURE, VISIT
 from appliance.listening import address, allowed_hosts, listener_for
 from appliance.seal.calls import Role
 from appliance.seal.confine import Standing, close_off_supervisor
-from appliance.seal.control import PLANTED, PRIVATE, ControlSocket, answer, run_folder
+from appliance.seal.control import ControlSocket, answer, run_folder
+from appliance.seal.errands import errands_for
 from appliance.seal.posture import Posture, look_at_machine, look_at_threads
-from appliance.seal.probes import Errand, probe_self
+from appliance.seal.probes import probe_self
 from appliance.seal.walls import Paths, Walls
+from appliance.signals import Closing, Signals
+from appliance.systemd import notify, watchdog_interval
 
-CLOSING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GRACE: Final = 1.5             # seconds between asking gunicorn to end and ending it
 _START_LIMIT: Final = 600.0     # seconds for verifying and loading a large model
 _ANSWER_LIMIT: Final = 60.0     # … for the pages to be there, and for a request to be answered
@@ -59,13 +59,6 @@ _LOOK_EVERY: Final = 60.0       # … between two looks at the posture
 _STEP_LIMIT: Final = 1800       # … for one denoising step, the slowest machine and the largest model included
 _MOST_ENDS: Final = 5           # of children, within `_ENDS_WINDOW` seconds
 _ENDS_WINDOW: Final = 60.0
-_OUTSIDE: Final = ("/", "/tmp", "/var/tmp", "/dev/shm", "/run", "/etc", "/var/lib")     # noqa: S108     # tried, to no avail
-
-
-class _Closing(Exception):      # not an error: the way out of whatever is being waited for
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 class _PagesEnded(EngineError):
@@ -86,36 +79,12 @@ def serve(config: Config, *, ready: Callable[[str], None], publish: Callable[[Re
         listener = held.enter_context(listener_for(config))
         control = held.enter_context(closing(ControlSocket(run_folder(config.run_folder, os.environ))))
         walls = held.enter_context(closing(Walls.prepare(Paths(config.bundle, config.trust, control.folder.parent))))
-        signals = held.enter_context(closing(_Signals()))
+        signals = held.enter_context(closing(Signals()))
         wall = walls.of("supervisor")
         standing = close_off_supervisor(
             filter_fd=wall.filter_fd, ruleset_fd=wall.ruleset_fd, no_landlock=walls.no_landlock
         )
         _Supervisor(config, listener, control, walls, standing, signals, ready, publish).run()
-
-
-class _Signals:
-    """The closing signals, written down when they come and acted on where the supervisor waits.
-
-    A handler that raised would be lost in a destructor, and would tear up whatever was half done.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.fd, self._end = os.pipe()
-        os.set_blocking(self._end, False)
-        signal.set_wakeup_fd(self._end, warn_on_full_buffer=False)
-        self._before = {signum: signal.signal(signum, self._write_down) for signum in CLOSING}
-
-    def _write_down(self, signum: int, _: FrameType | None) -> None:
-        self.received = self.received or signum
-
-    def close(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        signal.set_wakeup_fd(-1)
-        os.close(self.fd)
-        os.close(self._end)
 
 
 class _Supervisor:
@@ -128,7 +97,7 @@ class _Supervisor:
         control: ControlSocket,
         walls: Walls,
         standing: Standing,
-        signals: _Signals,
+        signals: Signals,
         ready: Callable[[str], None],
         publish: Callable[[Record], None],
     ) -> None:
@@ -150,7 +119,7 @@ class _Supervisor:
         self._sealed: bool | None = None                # as it was last said
         self._asked: list[socket.socket] = []           # of the control socket: who waits for the status
         self._ends: deque[float] = deque(maxlen=_MOST_ENDS)
-        self._watchdog = _watchdog_interval()
+        self._watchdog = watchdog_interval()
         self._told_at = 0.0
 
     def run(self) -> None:
@@ -160,7 +129,7 @@ class _Supervisor:
             self._ready(address(self._listener, self._config))
             while True:
                 self._watch()
-        except _Closing as told:
+        except Closing as told:
             notify("STOPPING=1")
             started = time.monotonic()
             self._end_everything()
@@ -260,7 +229,7 @@ class _Supervisor:
     def _turn(self, seconds: float) -> list[Record]:
         """Wait for whatever comes first, at most `seconds`, deal with it, and return what children have said.
 
-        Raises `_Closing` when a closing signal came.
+        Raises `Closing` when a closing signal came.
         """
         children = [child for child in (self._engine, self._pages) if child is not None]
         waited: list[socket.socket | int] = [self._signals.fd, *self._control.waited_for]
@@ -270,7 +239,7 @@ class _Supervisor:
         if self._signals.received is None:
             readable, _, _ = select.select(waited, [], [], seconds)
         if self._signals.received is not None:
-            raise _Closing(self._signals.received)
+            raise Closing(self._signals.received)
         heard = []
         for child in children:
             if child.link in readable:
@@ -313,7 +282,7 @@ class _Supervisor:
         if self._pages is not None and self._pages.status is not None:
             raise _PagesEnded
         if self._engine is not None and (status := self._engine.status) is not None:
-            raise _reason(status)
+            raise reason_of(status)
 
     # ── Watching ──────────────────────────────────────────────────────────────
 
@@ -411,13 +380,14 @@ class _Supervisor:
         pids: dict[Role, int] = {
             "supervisor": os.getpid(), "arbiter": pages.pid, "worker": self._worker_pid, "engine": engine.pid,
         }
-        for role, child in (("engine", engine), ("worker", pages)):
-            child.ask_for_a_report(self._errand("engine" if role == "engine" else "worker", pids))
+        errands = errands_for(pids, self._config.bundle, self._control.folder)
+        engine.ask_for_a_report(errands["engine"])
+        pages.ask_for_a_report(errands["worker"])
         until = time.monotonic() + _PROBE_LIMIT
         while (engine.report is None or pages.report is None) and time.monotonic() < until:
             self._turn(0.1)
             self._see_who_has_ended()
-        own = probe_self("supervisor", self._errand("supervisor", pids), self._standing)
+        own = probe_self("supervisor", errands["supervisor"], self._standing)
         self._posture = Posture(
             found={"supervisor": own, "worker": pages.report or {}, "engine": engine.report or {}},
             threads={role: look_at_threads(pid, role) for role, pid in pids.items()},
@@ -429,22 +399,6 @@ class _Supervisor:
         )
         self._looked_at = time.monotonic()
         self._say_what_was_seen()
-
-    def _errand(self, role: Role, pids: dict[Role, int]) -> Errand:
-        """Return what this process is to try: places that are none of its own, and the other processes."""
-        places = [*_OUTSIDE, str(Path.home()), str(Path.cwd()), str(Path(__file__).parent), str(self._config.bundle)]
-        if role == "supervisor":
-            places.remove("/dev/shm")       # noqa: S108     # gunicorn's heartbeat is made there, within its domain
-        else:
-            places.append(str(self._control.folder))
-        private = [str(self._control.folder / PRIVATE)]
-        model = [str(self._config.bundle / "model.json"), str(self._config.bundle / "model.sig")]
-        return Errand(
-            write=tuple(places),
-            read={"supervisor": (), "arbiter": (), "worker": (*private, *model), "engine": tuple(private)}[role],
-            peers=() if role == "supervisor" else tuple(pid for other, pid in pids.items() if other != role and pid),
-            planted=str(self._control.folder / PLANTED),
-        )
 
     def _say_what_was_seen(self) -> None:
         """Tell the pages, the log and whoever asked. Raises `NotSealed` where a way out is open and may not be."""
@@ -493,29 +447,3 @@ class _Supervisor:
             self._wire = None
         # The next children have as long as these had.
         self._answered_at = time.monotonic()
-
-
-def _reason(status: int) -> DarkroomError:
-    """Return the error that a child's exit status stands for; the child has said the sentence on standard error."""
-    if status == VerificationRefused.exit_code:
-        return VerificationRefused("model", "model", "was refused, for the reason above")
-    if status == BadRequest.exit_code:
-        return BadRequest("model", "the model could not be opened, for the reason above")
-    if status == NotSealed.exit_code:
-        return NotSealed("child", "a process could not be closed off, for the reason above")
-    return EngineError("start", f"a process of the appliance ended with status {status} while it was being started")
-
-
-def _watchdog_interval() -> float:
-    """Return how often systemd wants to hear of life, in seconds, halved as sd_watchdog_enabled(3) advises; 0: never."""
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return 0.0
-    return int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
-
-
-def notify(state: str) -> None:
-    """Tell systemd, where it listens (sd_notify(3))."""
-    if "NOTIFY_SOCKET" in os.environ:
-        from systemd import daemon
-
-        daemon.notify(state)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.evidence.journal import Event, EventPipe, Record, records, to_journal
-from appliance.supervisor import notify
+from appliance.systemd import notify
 
 ROOT = Path(__file__).parent.parent
 
