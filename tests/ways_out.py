@@ -109,21 +109,20 @@ LISTENER = _BEGIN + """
 libc = ctypes.PyDLL(None, use_errno=True)
 def sent(one, what, flags):
     return call(44, one.fileno(), what, len(what), flags, address(@port@), 16)
-def after_shutdown():
-    one = mine(True)
-    if one is None:
-        return False
-    one.setblocking(True)
-    call(48, one.fileno(), 2)
-    return sent(one, b"listener-sendto", 0x20000000)
-def without_shutdown():
-    return sent(mine(True), b"listener-straight", 0x20000000)
-def connected_anew():
-    one = mine(True)
-    one.setblocking(True)
-    call(42, one.fileno(), UNSPEC, 16)
-    call(42, one.fileno(), address(@port@), 16)
-    return call(44, one.fileno(), b"listener", 8, 0, 0, 0)
+def listening(trick):
+    def attempt():
+        one = mine(True)
+        if one is None:
+            return False
+        one.setblocking(True)
+        return trick(one)
+    return attempt
+without_shutdown = listening(lambda one: sent(one, b"listener-straight", 0x20000000))
+after_shutdown = listening(lambda one: call(48, one.fileno(), 2) and sent(one, b"listener-sendto", 0x20000000))
+connected_anew = listening(lambda one: (
+    call(42, one.fileno(), UNSPEC, 16) and call(42, one.fileno(), address(@port@), 16)
+    and call(44, one.fileno(), b"listener", 8, 0, 0, 0)
+))
 tricks = {
     "listening socket, fast open": without_shutdown,
     "listening socket, fast open after shutdown": after_shutdown,
