@@ -83,8 +83,9 @@ def accepted(trick):
         one = mine(False)
         if one is None:
             return False
-        one.setblocking(True)
-        disconnected = libc.syscall(42, one.fileno(), UNSPEC, 16)
+        # Blocking only where it is the listener outside that is waited for: the real socket shares that flag.
+        if libc.syscall(42, one.fileno(), UNSPEC, 16) == 0:
+            one.setblocking(True)
         return trick(one)
     return attempt
 where = ctypes.create_string_buffer(address(@port@))
@@ -114,13 +115,15 @@ def listening(trick):
         one = mine(True)
         if one is None:
             return False
-        one.setblocking(True)
         return trick(one)
     return attempt
+def blocking(one):
+    one.setblocking(True)
+    return True
 without_shutdown = listening(lambda one: sent(one, b"listener-straight", 0x20000000))
-after_shutdown = listening(lambda one: call(48, one.fileno(), 2) and sent(one, b"listener-sendto", 0x20000000))
+after_shutdown = listening(lambda one: call(48, one.fileno(), 2) and blocking(one) and sent(one, b"listener-sendto", 0x20000000))
 connected_anew = listening(lambda one: (
-    call(42, one.fileno(), UNSPEC, 16) and call(42, one.fileno(), address(@port@), 16)
+    call(42, one.fileno(), UNSPEC, 16) and blocking(one) and call(42, one.fileno(), address(@port@), 16)
     and call(44, one.fileno(), b"listener", 8, 0, 0, 0)
 ))
 tricks = {
