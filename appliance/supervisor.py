@@ -309,7 +309,7 @@ class _Supervisor:
                 engine.end(0)
         if pages is not None:
             silence = now - self._answered_at
-            if pages.is_stopped() or state_of(self._worker_pid)[0] in ("T", "t") or silence > _ANSWER_LIMIT:
+            if pages.is_stopped() or state_of(self._worker_pid)[0] == "T" or silence > _ANSWER_LIMIT:
                 self._publish(Record(Event.WORKER_STANDS_STILL, round(silence)))
                 pages.end(0)
 

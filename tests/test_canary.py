@@ -73,7 +73,8 @@ def places(appliance: Appliance) -> Iterator[tuple[str, bytes]]:
             except OSError:
                 continue
     for folder in (appliance.folder, Path("/dev/shm"), Path("/tmp"), Path("/var/tmp")):
-        for path in folder.rglob("*"):
+        # Folders of other programs come and go meanwhile: os.walk goes on where one is gone.
+        for path in (Path(within) / name for within, _, names in os.walk(folder) for name in names):
             try:
                 recent = path.is_file() and not path.is_symlink() and path.stat().st_mtime >= appliance.folder.stat().st_ctime - 3600
                 if recent and path.stat().st_size < 8 << 20 and "pytest" not in str(path):

@@ -153,7 +153,11 @@ def test_a_question_that_never_ends_and_one_that_never_begins_hold_nobody_up(tmp
 
 def test_more_askers_than_there_are_places_are_turned_away_and_the_next_is_answered(tmp_path: Path) -> None:
     with answering(tmp_path / "run") as control:
-        held = [connected(control) for _ in range(12)]
+        held = []
+        for _ in range(12):
+            held.append(connected(control))
+            time.sleep(0.1)         # each is taken from the backlog before the next one comes
+        assert len(control.waited_for) <= 1 + 8
         for connection in held:
             connection.close()
         time.sleep(0.3)

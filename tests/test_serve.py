@@ -202,7 +202,7 @@ def test_a_tampered_model_is_refused_before_any_page_is_answered(tmp_path: Path)
         (("--host", "0.0.0.0"), 2, "TLS"),     # noqa: S104
         (("--model", "/nowhere"), 2, "listen|trust"),
         (("--config", "/nowhere.toml"), 2, "no such file"),
-        (("--port", "99999"), 2, "listen.port"),
+        (("--port", "99999"), 2, "--port must be a whole number"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_sentence(options: tuple[str, ...], code: int, said: str) -> None:
