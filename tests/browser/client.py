@@ -14,7 +14,9 @@ from appliance.engine.jobs import JobQueue
 from appliance.trust.description import ModelDescription
 from appliance.vault.volume import Vault
 from appliance.web.app import WebSettings, create_app
+from appliance.web.room import Seal
 from tests.browser.engine import MODEL, Easel
+from tests.vaults import vault as a_vault
 
 HOST = "127.0.0.1:8000"
 ORIGIN = f"http://{HOST}"
@@ -30,24 +32,26 @@ class Pages:
     vault: Vault
     easel: Easel
     failures: list[int] = field(default_factory=list)
+    seal: Seal = field(default_factory=Seal)
 
     def visitor(self) -> Visitor:
         return Visitor(self.app)
 
 
 def pages(*, model: ModelDescription = MODEL, capacity: int = 4, engine: bool = True, **settings: int) -> Pages:
-    vault = Vault(capacity=8 << 20)
+    vault = a_vault(capacity=64 << 20)
     jobs = JobQueue(vault, capacity=capacity, on_engine=lambda _: None)
     failures: list[int] = []
+    seal = Seal()
     app = create_app(
         jobs=jobs, vault=vault, settings=WebSettings(allowed_hosts=(HOST, "localhost:8000"), **settings),
-        on_failure=failures.append,
+        on_failure=failures.append, seal=seal,
     )
     easel = Easel(jobs, model=model)
     if engine:
         easel.start()
         until(lambda: jobs.model is not None)
-    return Pages(app, jobs, vault, easel, failures)
+    return Pages(app, jobs, vault, easel, failures, seal)
 
 
 class Visitor:

@@ -23,6 +23,8 @@ from appliance.engine.jobs import JobQueue
 from appliance.trust.description import Defaults, ModelDescription, Sizes, Vocabulary
 from appliance.vault.volume import Vault
 from appliance.web.app import WebSettings, create_app
+from tests.vaults import vault as a_vault
+from appliance.web.room import Seal
 from tests.bundles import DESCRIPTION
 
 EXAMPLES = (
@@ -152,6 +154,7 @@ class Served:
     jobs: JobQueue
     vault: Vault
     failures: list[int] = field(default_factory=list)
+    seal: Seal = field(default_factory=Seal)
 
 
 class _Quiet(WSGIRequestHandler):
@@ -166,14 +169,15 @@ def served(
     *, step_seconds: float = 0.0, model: ModelDescription = MODEL, capacity: int = 4, port: int = 0, **settings: int
 ) -> Iterator[Served]:
     """Serve the pages on a free port of loopback until the block ends."""
-    vault = Vault(capacity=64 << 20)
+    vault = a_vault(capacity=64 << 20)
     jobs = JobQueue(vault, capacity=capacity, on_engine=lambda _: None)
     easel = Easel(jobs, step_seconds=step_seconds, model=model)
     with socket.create_server(("127.0.0.1", port)) as listener:
         number = listener.getsockname()[1]
         failures: list[int] = []
+        seal = Seal()
         app = create_app(
-            jobs=jobs, vault=vault, on_failure=failures.append,
+            jobs=jobs, vault=vault, on_failure=failures.append, seal=seal,
             settings=WebSettings(allowed_hosts=(f"127.0.0.1:{number}", f"localhost:{number}"), **settings),
         )
         server = make_server("127.0.0.1", number, app, threaded=True, request_handler=_Quiet, fd=listener.fileno())
@@ -181,7 +185,7 @@ def served(
         thread.start()
         easel.start()
         try:
-            yield Served(f"http://127.0.0.1:{number}", easel, jobs, vault, failures)
+            yield Served(f"http://127.0.0.1:{number}", easel, jobs, vault, failures, seal)
         finally:
             easel.hold.set()
             easel.die()
