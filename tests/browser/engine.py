@@ -23,7 +23,6 @@ from appliance.engine.jobs import JobQueue
 from appliance.trust.description import Defaults, ModelDescription, Sizes, Vocabulary
 from appliance.vault.volume import Vault
 from appliance.web.app import WebSettings, create_app
-from tests.vaults import vault as a_vault
 from appliance.web.room import Seal
 from tests.bundles import DESCRIPTION
 
@@ -169,7 +168,7 @@ def served(
     *, step_seconds: float = 0.0, model: ModelDescription = MODEL, capacity: int = 4, port: int = 0, **settings: int
 ) -> Iterator[Served]:
     """Serve the pages on a free port of loopback until the block ends."""
-    vault = a_vault(capacity=64 << 20)
+    vault = Vault(capacity=64 << 20)
     jobs = JobQueue(vault, capacity=capacity, on_engine=lambda _: None)
     easel = Easel(jobs, step_seconds=step_seconds, model=model)
     with socket.create_server(("127.0.0.1", port)) as listener:
