@@ -18,13 +18,15 @@ from typing import Final, Literal, TypeVar, get_args
 from appliance.errors import BadRequest
 from appliance.trust.description import ModelDescription
 
-SamplerName = Literal["ddim", "euler", "euler_a", "dpmpp_2m"]
+SamplerName = Literal["ddim", "euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"]
 SAMPLERS: Final[tuple[SamplerName, ...]] = get_args(SamplerName)
-SigmaSpacing = Literal["model", "karras"]
+SigmaSpacing = Literal["model", "karras", "exponential"]
 SPACINGS: Final[tuple[SigmaSpacing, ...]] = get_args(SigmaSpacing)
+UNSPACED: Final[tuple[SamplerName, ...]] = ("ddim", "lcm")      # they go by timesteps, and know no spacing of sigmas
 
 LONGEST_PROMPT: Final = 4_000       # characters
 MOST_STEPS: Final = 150
+MOST_LCM_STEPS: Final = 50          # latent consistency models are distilled at so many timesteps and know no others
 MOST_GUIDANCE: Final = 30.0
 LARGEST_SEED: Final = 2**63 - 1     # what a signed 64-bit field of a script or a database can carry
 FIELDS: Final = frozenset(
@@ -72,8 +74,10 @@ class GenerationRequest:
         steps = _integer(untrusted, "steps", best.steps, 1, MOST_STEPS)
         sampler = _choice(untrusted, "sampler", best.sampler, SAMPLERS)
         spacing = _choice(untrusted, "spacing", "model", SPACINGS)
-        if sampler == "ddim" and spacing != "model":
-            raise BadRequest("spacing", "ddim knows no karras spacing", hint="choose the model's spacing, or euler or dpmpp_2m")
+        if sampler in UNSPACED and spacing != "model":
+            raise no_such_spacing(sampler, spacing)
+        if sampler == "lcm" and steps > MOST_LCM_STEPS:
+            raise too_many_lcm_steps()
         guidance = _number(untrusted, "guidance_scale", best.guidance_scale, 0.0, MOST_GUIDANCE)
         count = _integer(untrusted, "count", 1, 1, sizes.largest_batch)
         seed = _integer(untrusted, "seed", fresh_seed, 0, LARGEST_SEED - count + 1)
@@ -97,6 +101,18 @@ class GenerationRequest:
             width=width,
             height=height,
         )
+
+
+def no_such_spacing(sampler: SamplerName, spacing: SigmaSpacing) -> BadRequest:
+    """Return the refusal of a spacing that the sampler does not know."""
+    return BadRequest(
+        "spacing", f"{sampler} knows no {spacing} spacing", hint="choose the model's spacing, or euler or dpmpp_2m"
+    )
+
+
+def too_many_lcm_steps() -> BadRequest:
+    """Return the refusal of more steps than a latent consistency model knows."""
+    return BadRequest("steps", f"lcm takes at most {MOST_LCM_STEPS} steps", hint="4 to 8 are what it was made for")
 
 
 def _prompt(value: object, name: str) -> str:

@@ -122,7 +122,7 @@ def went_through() -> Iterator[tuple[Appliance, list[tuple[str, bytes]]]]:
         os.kill(appliance.children()["engine"], 9)
         visitor.wait(doomed, "failed")
         eventually(lambda: "engine" in appliance.children())
-        told += [("a stranger's page", stranger.get(path).body) for path in ("/", "/pictures", "/model", "/privacy", f"/jobs/{job}")]
+        told += [("a stranger's page", stranger.get(path).body) for path in ("/", "/pictures", "/model", "/privacy", "/status", f"/jobs/{job}")]
         told.append(("a foreign host", visitor.get("/", Host="example.org").body))
         yield appliance, told
 

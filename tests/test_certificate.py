@@ -111,7 +111,7 @@ def test_a_certificate_without_one_of_its_keys_is_refused(key: str) -> None:
 @pytest.mark.parametrize("key", sorted(VALUES))
 @pytest.mark.parametrize("value", ["word", -1, 2**53 - 1, True, [], {}, "0" * 64], ids=str)
 def test_a_value_of_another_kind_is_refused_or_says_what_it_did(key: str, value: object) -> None:
-    content = encode({**VALUES, key: value})
+    content = encode({**VALUES, key: value})        # type: ignore[dict-item]
     try:
         made = Certificate.parse(content)
     except VerificationRefused:

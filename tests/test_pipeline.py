@@ -196,9 +196,10 @@ def test_syntax_that_is_not_known_is_a_bad_request_before_anything_runs(pipeline
 # ── Progress, cancelling, failing ─────────────────────────────────────────────
 
 
-def test_every_step_of_every_picture_is_told_with_a_small_preview(pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_step_of_every_picture_is_told_once_with_a_small_preview(pipeline: Pipeline, sampler: str) -> None:
     told: list[StepProgress] = []
-    list(pipeline.generate(request(pipeline, count=2), on_step=told.append, cancelled=lambda: False))
+    list(pipeline.generate(request(pipeline, count=2, sampler=sampler), on_step=told.append, cancelled=lambda: False))
     assert [(t.image_index, t.step, t.steps) for t in told] == [(i, s, 3) for i in (0, 1) for s in (1, 2, 3)]
     assert {t.preview.shape for t in told} == {(8, 8, 3)}
     assert {t.preview.dtype for t in told} == {np.dtype(np.uint8)}

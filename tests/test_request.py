@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.errors import BadRequest
-from appliance.request import LARGEST_SEED, LONGEST_PROMPT, GenerationRequest
+from appliance.request import LARGEST_SEED, LONGEST_PROMPT, UNSPACED, GenerationRequest
 from tests.bundles import DESCRIPTION
 
 CANARY = "zanzibar-canary-prompt"
@@ -66,9 +66,17 @@ def test_a_size_between_the_models_limits_must_be_a_multiple(width: int, said: s
     assert GenerationRequest.parse({"prompt": "x", "width": "64"}, wide, fresh_seed=0).width == 64
 
 
-def test_ddim_with_karras_sigmas_is_refused() -> None:
-    with pytest.raises(BadRequest, match="karras"):
-        parse(sampler="ddim", spacing="karras")
+@pytest.mark.parametrize("sampler", UNSPACED)
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_a_sampler_that_goes_by_timesteps_refuses_spaced_sigmas(sampler: str, spacing: str) -> None:
+    with pytest.raises(BadRequest, match=f"{sampler} knows no {spacing} spacing"):
+        parse(sampler=sampler, spacing=spacing)
+
+
+def test_lcm_in_more_steps_than_it_knows_is_refused() -> None:
+    assert parse(sampler="lcm", steps=50).steps == 50
+    with pytest.raises(BadRequest, match="at most 50 steps"):
+        parse(sampler="lcm", steps=51)
 
 
 def test_a_picture_of_more_pixels_than_the_model_draws_is_refused_even_where_each_side_is_allowed() -> None:

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from appliance.engine.noise import NoiseStream, initial_noise
 from appliance.engine.sampling import Latents, Sampler, make_sampler
-from appliance.engine.schedules import dpm_steps, euler_steps, noise_ratios, signal_levels
+from appliance.engine.schedules import dpm_steps, euler_steps, lcm_timesteps, noise_ratios, signal_levels, unipc_steps
 from appliance.errors import BadRequest
-from appliance.request import MOST_STEPS, SAMPLERS, SamplerName, SigmaSpacing
+from appliance.request import MOST_LCM_STEPS, MOST_STEPS, SAMPLERS, SPACINGS, UNSPACED, SamplerName, SigmaSpacing
 from appliance.trust.description import NoiseSchedule, PredictionType, TimestepSpacing
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -36,12 +36,11 @@ STABLE_DIFFUSION: Final = NoiseSchedule(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon",
     timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, rescale_zero_snr=False,
 )
-KINDS: Final[tuple[tuple[SamplerName, SigmaSpacing], ...]] = (
-    ("ddim", "model"), ("euler", "model"), ("euler", "karras"), ("euler_a", "model"), ("euler_a", "karras"),
-    ("dpmpp_2m", "model"), ("dpmpp_2m", "karras"),
+KINDS: Final[tuple[tuple[SamplerName, SigmaSpacing], ...]] = tuple(
+    (name, spacing) for name in SAMPLERS for spacing in (("model",) if name in UNSPACED else SPACINGS)
 )
 
-Key = tuple[str, str, str, str, str]    # sampler, prediction, spacing, schedule, timestep spacing
+Key = tuple[SamplerName, PredictionType, SigmaSpacing, str, TimestepSpacing]    # sampler, prediction, spacing, schedule, timestep spacing
 
 
 class Golden(NamedTuple):
@@ -95,18 +94,20 @@ def table(differences: dict[Key, float]) -> str:
     """Return docs/sampler-parity.md."""
     versions = json.loads((GOLDENS / "made_with.json").read_text(encoding="utf-8"))
     columns = sorted({key[3:] for key in differences}, key=lambda c: (c[0] != "stable_diffusion", c))
-    rows = sorted({key[:3] for key in differences}, key=lambda r: (SAMPLERS.index(r[0]), r[2] == "karras", r[1]))
+    rows = sorted({key[:3] for key in differences}, key=lambda r: (SAMPLERS.index(r[0]), SPACINGS.index(r[2]), r[1]))
     lines = [
         "# Sampler parity with diffusers",
         "",
         "The largest relative difference, max|ours - theirs| / max|theirs|, between Darkroom's samplers and the diffusers",
         "schedulers that their docstrings name: over the timesteps, the latents after every step and the x0 seen in every",
         f"step, in 1, 2 and 5 steps (and 20 for Stable Diffusion's own leading spacing). Promised: at most {PROMISED:.0e}.",
+        "Samplers that draw noise are given the noise that diffusers drew; Heun's two evaluations a step count as two.",
         "",
         "Both sides begin with the same noise and are given the same model outputs; each goes on from its own latents, so",
         "differences add up over the steps. Columns are noise schedules and timestep spacings; zero_snr is Stable Diffusion's",
         "schedule rescaled to zero terminal SNR, for which only v prediction makes sense. Its first Euler step goes from sigma",
-        "4096 to 7, and the digits that float32 loses there are lost on both sides, each its own.",
+        "4096 to 7, and the digits that float32 loses there are lost on both sides, each its own; so are those of Heun's",
+        "second slope where a long step ends at little noise (14.6 to 0.03 in two steps of linspace).",
         "",
         f"Made with diffusers {versions['diffusers']} and torch {versions['torch']}. To make it anew:",
         "",
@@ -128,8 +129,10 @@ def table(differences: dict[Key, float]) -> str:
         "",
         "- Trailing spacing with 61, 103, 121 or 122 steps of 1000: diffusers takes one step more than asked, at timestep -1,",
         "  because its stride is a rounded fraction, and the last multiple falls a hair short of zero. Darkroom leaves it out.",
-        "- Euler ancestral: diffusers draws noise in the last step too and multiplies it by zero. Darkroom draws none.",
-        "- Euler ancestral with Karras sigmas or sample prediction: diffusers has neither; see the class's docstring.",
+        "- Euler ancestral and DPM++ 2M SDE: diffusers draws noise in the last step too and multiplies it by zero. Darkroom",
+        "  draws none.",
+        "- Euler ancestral with Karras or exponential sigmas or sample prediction, and Heun on a rescaled schedule: diffusers has",
+        "  none of them; see the classes' docstrings. For the latter there is no golden.",
         "",
     ]
     return "\n".join(lines)
@@ -146,8 +149,9 @@ def test_every_sampler_agrees_with_diffusers_step_by_step(differences: dict[Key,
     }
     assert {key[4] for key in differences} == set(get_args(TimestepSpacing))
     for key, difference in differences.items():
-        # From σ = 4096 to σ = 7 in one step of float32, either side loses the digits that it subtracts.
-        assert difference <= (PROMISED if key[3] == "zero_snr" else EXPECTED), key
+        # From σ = 4096 to σ = 7 in one step of float32, either side loses the digits that it subtracts. So does Heun's method
+        # where the second slope of a long step is a difference at little noise.
+        assert difference <= (PROMISED if key[3] == "zero_snr" or key[0] == "heun" else EXPECTED), key
 
 
 def test_the_parity_table_is_up_to_date(differences: dict[Key, float]) -> None:
@@ -179,8 +183,10 @@ def test_every_number_of_steps_recovers_the_picture_that_a_perfect_model_sees(
     noise = initial_noise(1, (1, 2, 2))[np.newaxis]
     picture = initial_noise(2, (1, 2, 2))[np.newaxis]
     for steps in (1, 2, 3, 14, 15, 16, 61, 104, MOST_STEPS):
+        if name == "lcm" and steps > MOST_LCM_STEPS:
+            continue
         sampler = make_sampler(name, schedule, steps, spacing)
-        assert len(sampler.timesteps) == steps
+        assert len(sampler.timesteps) == steps * sampler.order - (sampler.order - 1)
         latents = sampler.initial(noise)
         for i, timestep in enumerate(sampler.timesteps):
             shown = sampler.scale_input(latents, i)
@@ -204,8 +210,9 @@ def test_a_step_leaves_its_arguments_as_they_were(name: SamplerName, spacing: Si
     sampler = make_sampler(name, STABLE_DIFFUSION, 3, spacing)
     latents, output = initial_noise(1, (4, 2, 2))[np.newaxis], initial_noise(2, (4, 2, 2))[np.newaxis]
     before = latents.copy(), output.copy()
-    for i in range(3):
+    for i in range(len(sampler.timesteps)):
         sampler.scale_input(latents, i)
+        sampler.noised(latents, output, i)
         sampler.step(latents, output, i, lambda _: output)
     assert np.array_equal(latents, before[0])
     assert np.array_equal(output, before[1])
@@ -219,7 +226,7 @@ def test_a_picture_does_not_depend_on_its_place_in_the_batch(name: SamplerName, 
         stream = NoiseStream(seeds, shape)
         sampler = make_sampler(name, STABLE_DIFFUSION, 4, spacing)
         latents = sampler.initial(stream.initial())
-        for i in range(4):
+        for i in range(len(sampler.timesteps)):
             latents, _ = sampler.step(latents, np.tanh(sampler.scale_input(latents, i)), i, stream.step)
         return latents
 
@@ -228,31 +235,85 @@ def test_a_picture_does_not_depend_on_its_place_in_the_batch(name: SamplerName, 
         assert draw((seed,))[0].tobytes() == together[place].tobytes()
 
 
-def test_only_the_ancestral_sampler_asks_for_noise_and_not_in_its_last_step() -> None:
+def test_only_stochastic_samplers_ask_for_noise_and_not_in_their_last_step() -> None:
     for name, spacing in KINDS:
         asked: list[int] = []
         sampler = make_sampler(name, STABLE_DIFFUSION, 3, spacing)
         latents = output = initial_noise(1, (4, 2, 2))[np.newaxis]
-        for i in range(3):
+        for i in range(len(sampler.timesteps)):
 
             def noise(step: int, asked: list[int] = asked, drawn: Latents = output) -> Latents:
                 asked.append(step)
                 return drawn
 
             latents, _ = sampler.step(latents, output, i, noise)
-        assert asked == ([0, 1] if name == "euler_a" else [])
+        assert asked == ([0, 1] if name in ("euler_a", "dpmpp_2m_sde", "lcm") else [])
 
 
-def test_dpm_solver_begins_anew_where_a_step_does_not_follow_the_one_before() -> None:
+@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+def test_a_multistep_sampler_begins_anew_where_a_step_does_not_follow_the_one_before(name: SamplerName) -> None:
     latents, output = initial_noise(1, (4, 2, 2))[np.newaxis], initial_noise(2, (4, 2, 2))[np.newaxis]
-    fresh = make_sampler("dpmpp_2m", STABLE_DIFFUSION, 6, "model")
-    used = make_sampler("dpmpp_2m", STABLE_DIFFUSION, 6, "model")
-    following = make_sampler("dpmpp_2m", STABLE_DIFFUSION, 6, "model")
+    fresh = make_sampler(name, STABLE_DIFFUSION, 6, "model")
+    used = make_sampler(name, STABLE_DIFFUSION, 6, "model")
+    following = make_sampler(name, STABLE_DIFFUSION, 6, "model")
     used.step(output, latents, 0, lambda _: output)
     following.step(output, latents, 2, lambda _: output)
     expected = fresh.step(latents, output, 3, lambda _: output)[0]
     assert np.array_equal(used.step(latents, output, 3, lambda _: output)[0], expected)
     assert not np.array_equal(following.step(latents, output, 3, lambda _: output)[0], expected)
+
+
+def test_heun_takes_the_second_half_of_a_step_only_after_its_first() -> None:
+    latents, output = initial_noise(1, (4, 2, 2))[np.newaxis], initial_noise(2, (4, 2, 2))[np.newaxis]
+    sampler = make_sampler("heun", STABLE_DIFFUSION, 6, "model")
+    with pytest.raises(ValueError, match="first half"):
+        sampler.step(latents, output, 1, lambda _: output)
+    sampler.step(latents, output, 0, lambda _: output)
+    sampler.step(latents, output, 1, lambda _: output)
+    with pytest.raises(ValueError, match="first half"):     # once for each step, and of no other step
+        sampler.step(latents, output, 1, lambda _: output)
+    sampler.step(latents, output, 2, lambda _: output)
+    with pytest.raises(ValueError, match="first half"):
+        sampler.step(latents, output, 5, lambda _: output)
+
+
+def test_heun_gains_on_euler_with_as_many_looks_at_the_model() -> None:
+    # On a smooth model either goes to the same picture; Heun's error falls with the square of the step.
+    noise = initial_noise(1, (4, 2, 2))[np.newaxis]
+
+    def draw(name: SamplerName, steps: int) -> Latents:
+        sampler = make_sampler(name, STABLE_DIFFUSION, steps, "karras")
+        latents = sampler.initial(noise)
+        for i, timestep in enumerate(sampler.timesteps):
+            shown = sampler.scale_input(latents, i)
+            latents, _ = sampler.step(latents, np.asarray(np.tanh(shown * (1 + timestep / 1000)), np.float32), i, lambda _: noise)
+        return latents
+
+    settled = draw("heun", MOST_STEPS)
+    assert len(make_sampler("heun", STABLE_DIFFUSION, 10, "karras").timesteps) == 19
+    assert relative(draw("heun", 10), settled) < 0.5 * relative(draw("euler", 19), settled)
+
+
+@pytest.mark.parametrize(("name", "spacing"), KINDS)
+@pytest.mark.parametrize("timestep_spacing", get_args(TimestepSpacing))
+def test_a_picture_noised_to_any_evaluation_comes_back_with_a_perfect_model(
+    name: SamplerName, spacing: SigmaSpacing, timestep_spacing: TimestepSpacing
+) -> None:
+    schedule = replace(STABLE_DIFFUSION, timestep_spacing=timestep_spacing, prediction_type="sample", set_alpha_to_one=True)
+    noise, picture = initial_noise(1, (1, 2, 2))[np.newaxis], initial_noise(2, (1, 2, 2))[np.newaxis]
+    count = len(make_sampler(name, schedule, 7, spacing).timesteps)
+    assert np.array_equal(make_sampler(name, schedule, 7, spacing).noised(picture, noise, count), picture)
+    order = make_sampler(name, schedule, 7, spacing).order
+    for begin in range(0, count, order):
+        sampler = make_sampler(name, schedule, 7, spacing)
+        latents = sampler.noised(picture, noise, begin)
+        level = float(signal_levels(schedule)[round(sampler.timesteps[begin])])
+        expected = np.sqrt(level) * picture + np.sqrt(1 - level) * noise
+        assert relative(sampler.scale_input(latents, begin), expected) < 0.03       # whole timesteps are near their sigmas
+        for i in range(begin, count):
+            latents, _ = sampler.step(latents, picture, i, lambda _: noise)
+        # DDIM takes its last step from wherever "linspace" left it, LCM keeps a trace of what it was shown.
+        assert relative(latents, picture) < 0.1, begin
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -261,8 +322,8 @@ def test_sigmas_fall_to_zero_and_timesteps_stay_in_range(beta_schedule: Any, res
     schedule = replace(STABLE_DIFFUSION, beta_schedule=beta_schedule, rescale_zero_snr=rescale)
     assert bool(signal_levels(schedule)[-1] == 0) is rescale
     assert np.all(np.isfinite(noise_ratios(signal_levels(schedule))))
-    for spacing in ("model", "karras"):
-        for find in (euler_steps, dpm_steps):
+    for spacing in SPACINGS:
+        for find in (euler_steps, dpm_steps, unipc_steps):
             for steps in (1, 2, 7, 50, MOST_STEPS):
                 found = find(schedule, steps, spacing)
                 assert len(found.timesteps) == steps == len(found.sigmas) - 1
@@ -274,23 +335,38 @@ def test_sigmas_fall_to_zero_and_timesteps_stay_in_range(beta_schedule: Any, res
 @pytest.mark.parametrize(("name", "spacing"), KINDS)
 def test_more_steps_than_a_short_schedule_has_are_a_bad_request(name: SamplerName, spacing: SigmaSpacing) -> None:
     short = replace(STABLE_DIFFUSION, num_train_timesteps=10)
-    assert len(make_sampler(name, short, 4, spacing).timesteps) == 4
+    if name == "lcm":
+        with pytest.raises(BadRequest, match="trained with 10 timesteps"):
+            make_sampler(name, short, 1, spacing)
+        with pytest.raises(BadRequest, match="at most 50 steps"):
+            make_sampler(name, STABLE_DIFFUSION, 51, spacing)
+        return
+    assert len(make_sampler(name, short, 4, spacing).timesteps) == (7 if name == "heun" else 4)
     if spacing == "model":
         with pytest.raises(BadRequest, match="trained with 10 timesteps") as refused:
             make_sampler(name, short, MOST_STEPS, spacing)
         assert refused.value.hint
 
 
-def test_ddim_with_karras_sigmas_is_a_bad_request() -> None:
-    with pytest.raises(BadRequest, match="ddim knows no karras spacing"):
-        make_sampler("ddim", STABLE_DIFFUSION, 20, "karras")
+@pytest.mark.parametrize("name", UNSPACED)
+@pytest.mark.parametrize("spacing", [spacing for spacing in SPACINGS if spacing != "model"])
+def test_a_sampler_that_goes_by_timesteps_refuses_spaced_sigmas(name: SamplerName, spacing: SigmaSpacing) -> None:
+    with pytest.raises(BadRequest, match=f"{name} knows no {spacing} spacing"):
+        make_sampler(name, STABLE_DIFFUSION, 20, spacing)
 
 
-def test_ddim_cannot_begin_where_an_epsilon_prediction_says_nothing() -> None:
+@pytest.mark.parametrize("name", UNSPACED)
+def test_such_a_sampler_cannot_begin_where_an_epsilon_prediction_says_nothing(name: SamplerName) -> None:
     flat = replace(STABLE_DIFFUSION, rescale_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(BadRequest, match="no signal"):
-        make_sampler("ddim", flat, 20, "model")
-    assert make_sampler("ddim", replace(flat, prediction_type="v_prediction"), 20, "model").timesteps[0] == 999
+        make_sampler(name, flat, 20, "model")
+    assert make_sampler(name, replace(flat, prediction_type="v_prediction"), 20, "model").timesteps[0] == 999
+
+
+def test_lcm_asks_at_the_timesteps_of_its_distillation_whatever_the_spacing() -> None:
+    assert lcm_timesteps(STABLE_DIFFUSION, 4) == (999, 759, 499, 259)
+    assert lcm_timesteps(STABLE_DIFFUSION, MOST_LCM_STEPS) == tuple(range(999, 0, -20))
+    assert lcm_timesteps(replace(STABLE_DIFFUSION, timestep_spacing="trailing", steps_offset=0), 4) == (999, 759, 499, 259)
 
 
 def test_noise_is_a_function_of_seed_and_step_alone() -> None:

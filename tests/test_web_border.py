@@ -174,7 +174,7 @@ def test_the_cookie_is_opaque_and_closed_to_scripts_and_other_sites(here: Pages)
         assert {"HttpOnly", "SameSite=Strict", "Path=/"} == set(attributes)
 
 
-@pytest.mark.parametrize("path", ["/api/current", "/api/jobs/x", "/jobs/x", "/pictures/x", "/pictures/x/png", "/static/darkroom.css", "/nothing", "/forgotten"])
+@pytest.mark.parametrize("path", ["/api/current", "/api/jobs/x", "/jobs/x", "/pictures/x", "/pictures/x/png", "/static/darkroom.css", "/nothing", "/forgotten", "/status"])
 def test_only_a_page_begins_a_session(here: Pages, path: str) -> None:
     assert "Set-Cookie" not in here.visitor().get(path).headers
 
@@ -220,7 +220,7 @@ def test_nothing_can_be_done_to_what_is_another_sessions(here: Pages, path: str)
 # ── What every answer carries ─────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("path", ["/", "/pictures", "/model", "/privacy", "/forgotten", "/nothing", "/api/current", "/static/darkroom.css", "/jobs"])
+@pytest.mark.parametrize("path", ["/", "/pictures", "/model", "/privacy", "/status", "/forgotten", "/nothing", "/api/current", "/static/darkroom.css", "/jobs"])
 def test_every_answer_carries_the_headers(here: Pages, path: str) -> None:
     visitor = here.visitor()
     visitor.get("/")

@@ -158,6 +158,7 @@ class Pipeline:
         cancelled: Callable[[], bool],
     ) -> Floats:
         sampler = self._sampler(request)
+        last = len(sampler.timesteps) - 1
         latents = sampler.initial(noise.initial() if start is None else start.copy())
         # Overflow shows as infinity and is looked for below; numpy's warnings would go to standard error.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -168,11 +169,13 @@ class Pipeline:
                 latents, denoised = sampler.step(latents, output, i, noise.step)
                 if not np.isfinite(latents).all():
                     raise EngineError(
-                        "not_finite", f"step {i + 1} of {len(sampler.timesteps)} gave numbers that are not finite",
+                        "not_finite", f"step {i // sampler.order + 1} gave numbers that are not finite",
                         hint="try a lower guidance scale or smaller weights in the prompt",
                     )
-                preview = _preview(denoised[0], self.description.latents)
-                on_step(StepProgress(index, i + 1, len(sampler.timesteps), preview))
+                # A step is told when it is done, however often it asked the model.
+                if i % sampler.order == sampler.order - 1 or i == last:
+                    preview = _preview(denoised[0], self.description.latents)
+                    on_step(StepProgress(index, i // sampler.order + 1, last // sampler.order + 1, preview))
         return latents
 
     def _sampler(self, request: GenerationRequest) -> Sampler:

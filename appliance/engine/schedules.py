@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.errors import BadRequest
-from appliance.request import SigmaSpacing
+from appliance.request import MOST_LCM_STEPS, SigmaSpacing, too_many_lcm_steps
 from appliance.trust.description import NoiseSchedule
 
 Float32s = NDArray[np.float32]
@@ -78,13 +78,13 @@ def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> tuple[int, ...]:
 def euler_steps(schedule: NoiseSchedule, steps: int, spacing: SigmaSpacing) -> Steps:
     """Return timesteps and sigmas as diffusers' EulerDiscreteScheduler spaces them; `linspace` gives fractions.
 
-    Karras spacing runs between the first and the last sigma of the model's own spacing. Raises `BadRequest`.
+    Other spacings run between the first and the last sigma of the model's own. Raises `BadRequest`.
     """
     ratios = noise_ratios(signal_levels(schedule))
     timesteps: Floats = _spaced(schedule, steps).astype(np.float32).astype(np.float64)
     sigmas = np.interp(timesteps, np.arange(len(ratios)), ratios)
-    if spacing == "karras":
-        sigmas = _karras(float(sigmas[0]), float(sigmas[-1]), steps)
+    if spacing != "model":
+        sigmas = _between(float(sigmas[0]), float(sigmas[-1]), steps, spacing)
         timesteps = _timesteps_of(sigmas, ratios)
     return _steps(schedule, timesteps, sigmas)
 
@@ -92,15 +92,40 @@ def euler_steps(schedule: NoiseSchedule, steps: int, spacing: SigmaSpacing) -> S
 def dpm_steps(schedule: NoiseSchedule, steps: int, spacing: SigmaSpacing) -> Steps:
     """Return timesteps and sigmas as diffusers' DPMSolverMultistepScheduler spaces them: whole timesteps.
 
-    It leaves out the last of one step more than asked, except in trailing spacing. Karras spacing runs over the whole
-    range that the model was trained on, and its sigmas are asked for at the nearest whole timestep. Raises `BadRequest`.
+    It leaves out the last of one step more than asked, except in trailing spacing. Other spacings run over the whole range
+    that the model was trained on, and their sigmas are asked for at whole timesteps near them. Raises `BadRequest`.
     """
+    # diffusers rounds Karras timesteps for every schedule but the cosine one, whose timesteps it then cuts to integers.
+    return _whole_steps(schedule, steps, spacing, rounded=spacing == "karras" and schedule.beta_schedule != "squaredcos_cap_v2")
+
+
+def unipc_steps(schedule: NoiseSchedule, steps: int, spacing: SigmaSpacing) -> Steps:
+    """Return timesteps and sigmas as diffusers' UniPCMultistepScheduler spaces them: as `dpm_steps` but for a rounding."""
+    return _whole_steps(schedule, steps, spacing, rounded=spacing == "karras")
+
+
+def lcm_timesteps(schedule: NoiseSchedule, steps: int) -> tuple[int, ...]:
+    """Return the timesteps as diffusers' LCMScheduler chooses them, whatever the model's spacing: whole numbers, falling.
+
+    They are among the `MOST_LCM_STEPS` evenly spaced ones at which models are distilled (Luo et al., arXiv:2310.04378, section
+    4.3). Raises `BadRequest`.
+    """
+    if steps > MOST_LCM_STEPS:
+        raise too_many_lcm_steps()
+    stride = schedule.num_train_timesteps // MOST_LCM_STEPS
+    if not stride:
+        raise _too_short(steps, schedule)
+    distilled = np.arange(MOST_LCM_STEPS, 0, -1) * stride - 1
+    chosen = distilled[np.floor(np.linspace(0, MOST_LCM_STEPS, steps, endpoint=False)).astype(np.int64)]
+    return tuple(chosen.tolist())
+
+
+def _whole_steps(schedule: NoiseSchedule, steps: int, spacing: SigmaSpacing, *, rounded: bool) -> Steps:
     ratios = noise_ratios(signal_levels(schedule))
-    if spacing == "karras":
-        sigmas = _karras(float(ratios[-1]), float(ratios[0]), steps)
+    if spacing != "model":
+        sigmas = _between(float(ratios[-1]), float(ratios[0]), steps, spacing)
         timesteps = _timesteps_of(sigmas, ratios)
-        # diffusers rounds for every schedule but the cosine one, whose timesteps it then cuts to integers.
-        timesteps = np.trunc(timesteps) if schedule.beta_schedule == "squaredcos_cap_v2" else np.round(timesteps)
+        timesteps = np.round(timesteps) if rounded else np.trunc(timesteps)
     else:
         trailing = schedule.timestep_spacing == "trailing"
         timesteps = np.round(_spaced(schedule, steps) if trailing else _spaced(schedule, steps + 1)[:-1])
@@ -155,8 +180,14 @@ def _spaced(schedule: NoiseSchedule, steps: int) -> Floats:
     return np.round(np.arange(count, 0, -count / steps)[:steps]) - 1
 
 
-def _karras(largest: float, smallest: float, steps: int) -> Floats:
-    """Return `steps` sigmas from the largest to the smallest (Karras et al., arXiv:2206.00364, equation 5)."""
+def _between(largest: float, smallest: float, steps: int, spacing: SigmaSpacing) -> Floats:
+    """Return `steps` sigmas from the largest to the smallest.
+
+    Exponential ones are even in log σ; Karras ones are even in its seventh root (arXiv:2206.00364, equation 5), and so take
+    shorter steps where there is little noise left.
+    """
+    if spacing == "exponential":
+        return np.exp(np.linspace(math.log(largest), math.log(smallest), steps))
     ramp = np.linspace(0, 1, steps)
     high, low = largest ** (1 / KARRAS_RHO), smallest ** (1 / KARRAS_RHO)
     sigmas: Floats = (high + ramp * (low - high)) ** KARRAS_RHO
@@ -187,8 +218,12 @@ def _check(
 ) -> None:
     known = timesteps[0] < schedule.num_train_timesteps and timesteps[-1] >= 0
     if not known or not np.all(np.diff(falling) < 0):
-        raise BadRequest(
-            "steps",
-            f"this model cannot be sampled in {steps} steps, for it was trained with {schedule.num_train_timesteps} timesteps",
-            hint="choose fewer steps",
-        )
+        raise _too_short(steps, schedule)
+
+
+def _too_short(steps: int, schedule: NoiseSchedule) -> BadRequest:
+    return BadRequest(
+        "steps",
+        f"this model cannot be sampled in {steps} steps, for it was trained with {schedule.num_train_timesteps} timesteps",
+        hint="choose fewer steps",
+    )

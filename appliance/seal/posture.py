@@ -53,7 +53,9 @@ class Promise:
 
     def as_json(self) -> dict[str, object]:
         """Return what `darkroom status --json` prints of it."""
-        return {"id": self.id, "title": self.title, "holds": self.holds, "observed": self.observed}
+        return {
+            "id": self.id, "title": self.title, "holds": self.holds, "observed": self.observed, "essential": self.essential,
+        }
 
 
 @dataclass(frozen=True)

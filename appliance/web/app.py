@@ -4,6 +4,7 @@
     progress    how a picture comes along: JSON, a stream of events, previews, the draft
     pictures    what the session has: contact sheet, files, forgetting
     about       the model, privacy
+    status      whether the room is sealed, and what that was concluded from; every page shows the conclusion
 
 What is refused, and how, is said in `border` and `refusals`.
 """
@@ -16,7 +17,7 @@ from flask import Flask
 
 from appliance.engine.jobs import JobQueue
 from appliance.vault.volume import Vault
-from appliance.web import about, border, develop, pictures, progress, refusals, words
+from appliance.web import about, border, develop, pictures, progress, refusals, status, words
 from appliance.web.room import EXTENSION, Room, Seal, WebSettings
 
 __all__ = ["WebSettings", "create_app"]
@@ -53,6 +54,7 @@ def create_app(
     border.install(app)
     refusals.install(app)
     words.install(app)
-    for blueprint in (develop.blueprint, progress.blueprint, pictures.blueprint, about.blueprint):
+    status.install(app)
+    for blueprint in (develop.blueprint, progress.blueprint, pictures.blueprint, about.blueprint, status.blueprint):
         app.register_blueprint(blueprint)
     return app

@@ -32,8 +32,11 @@ blueprint: Final = Blueprint("develop", __name__)
 
 _SEEDS: Final = 2**32       # of pictures that nobody chose a seed for: short enough to be read aloud
 _EXAMPLES: Final = 6
-SAMPLER_NAMES: Final = {"ddim": "DDIM", "euler": "Euler", "euler_a": "Euler ancestral", "dpmpp_2m": "DPM++ 2M"}
-SPACING_NAMES: Final = {"model": "As the model was trained", "karras": "Karras"}
+SAMPLER_NAMES: Final = {
+    "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler ancestral", "heun": "Heun (two looks a step)", "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE", "unipc": "UniPC", "lcm": "LCM (for LCM models)",
+}
+SPACING_NAMES: Final = {"model": "As the model was trained", "karras": "Karras", "exponential": "Exponential"}
 
 
 @blueprint.get("/")

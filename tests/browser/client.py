@@ -14,6 +14,7 @@ from appliance.engine.jobs import JobQueue
 from appliance.trust.description import ModelDescription
 from appliance.vault.volume import Vault
 from appliance.web.app import WebSettings, create_app
+from appliance.web.room import Seal
 from tests.browser.engine import MODEL, Easel
 
 HOST = "127.0.0.1:8000"
@@ -30,6 +31,7 @@ class Pages:
     vault: Vault
     easel: Easel
     failures: list[int] = field(default_factory=list)
+    seal: Seal = field(default_factory=Seal)
 
     def visitor(self) -> Visitor:
         return Visitor(self.app)
@@ -39,15 +41,16 @@ def pages(*, model: ModelDescription = MODEL, capacity: int = 4, engine: bool = 
     vault = Vault(capacity=8 << 20)
     jobs = JobQueue(vault, capacity=capacity, on_engine=lambda _: None)
     failures: list[int] = []
+    seal = Seal()
     app = create_app(
         jobs=jobs, vault=vault, settings=WebSettings(allowed_hosts=(HOST, "localhost:8000"), **settings),
-        on_failure=failures.append,
+        on_failure=failures.append, seal=seal,
     )
     easel = Easel(jobs, model=model)
     if engine:
         easel.start()
         until(lambda: jobs.model is not None)
-    return Pages(app, jobs, vault, easel, failures)
+    return Pages(app, jobs, vault, easel, failures, seal)
 
 
 class Visitor:

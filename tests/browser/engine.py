@@ -23,6 +23,7 @@ from appliance.engine.jobs import JobQueue
 from appliance.trust.description import Defaults, ModelDescription, Sizes, Vocabulary
 from appliance.vault.volume import Vault
 from appliance.web.app import WebSettings, create_app
+from appliance.web.room import Seal
 from tests.bundles import DESCRIPTION
 
 EXAMPLES = (
@@ -152,6 +153,7 @@ class Served:
     jobs: JobQueue
     vault: Vault
     failures: list[int] = field(default_factory=list)
+    seal: Seal = field(default_factory=Seal)
 
 
 class _Quiet(WSGIRequestHandler):
@@ -172,8 +174,9 @@ def served(
     with socket.create_server(("127.0.0.1", port)) as listener:
         number = listener.getsockname()[1]
         failures: list[int] = []
+        seal = Seal()
         app = create_app(
-            jobs=jobs, vault=vault, on_failure=failures.append,
+            jobs=jobs, vault=vault, on_failure=failures.append, seal=seal,
             settings=WebSettings(allowed_hosts=(f"127.0.0.1:{number}", f"localhost:{number}"), **settings),
         )
         server = make_server("127.0.0.1", number, app, threaded=True, request_handler=_Quiet, fd=listener.fileno())
@@ -181,7 +184,7 @@ def served(
         thread.start()
         easel.start()
         try:
-            yield Served(f"http://127.0.0.1:{number}", easel, jobs, vault, failures)
+            yield Served(f"http://127.0.0.1:{number}", easel, jobs, vault, failures, seal)
         finally:
             easel.hold.set()
             easel.die()

@@ -13,7 +13,7 @@ from tests.conftest import Appliance
 
 pytestmark = pytest.mark.browser
 
-PAGES = ("/", "/pictures", "/model", "/privacy", "/forgotten")
+PAGES = ("/", "/pictures", "/model", "/privacy", "/status", "/forgotten")
 
 
 def develop(page: Page) -> None:

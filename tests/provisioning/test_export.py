@@ -22,6 +22,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
 )
 from transformers import CLIPTokenizer
 
@@ -270,7 +273,14 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "ddim": DDIMScheduler.from_config,
     "euler": EulerDiscreteScheduler.from_config,
     "euler_a": EulerAncestralDiscreteScheduler.from_config,
+    "heun": HeunDiscreteScheduler.from_config,
     "dpmpp_2m": DPMSolverMultistepScheduler.from_config,
+    "dpmpp_2m_sde": lambda config: DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++"),
+    "unipc": UniPCMultistepScheduler.from_config,
+    "lcm": LCMScheduler.from_config,
+}
+STOCHASTIC = {
+    "euler_a": "scheduling_euler_ancestral_discrete", "dpmpp_2m_sde": "scheduling_dpmsolver_multistep", "lcm": "scheduling_lcm",
 }
 
 
@@ -291,9 +301,8 @@ def test_the_whole_pipeline_draws_what_diffusers_draws_from_the_same_noise(
         drawn.append(len(drawn))
         return torch.from_numpy(noise.step(drawn[-1]))
 
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor", their_noise
-    )
+    for module in STOCHASTIC.values():
+        monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", their_noise)
     theirs = reference(
         "a red apple", negative_prompt="blue", num_inference_steps=6, guidance_scale=guidance, height=64, width=64,
         latents=torch.from_numpy(noise.initial()), output_type="np",
@@ -309,7 +318,7 @@ def test_the_whole_pipeline_draws_what_diffusers_draws_from_the_same_noise(
     record_property("psnr", psnr)
     print(f"{sampler} {prediction} guidance {guidance}: {psnr:.1f} dB")
     assert np.std(theirs) > 0.02, "a picture of one colour would agree with anything"
-    assert bool(drawn) == (sampler == "euler_a")
+    assert bool(drawn) == (sampler in STOCHASTIC)
     assert psnr >= PSNR
 
 

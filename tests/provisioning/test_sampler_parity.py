@@ -14,17 +14,16 @@ import pytest
 import torch
 
 from appliance.engine.sampling import make_sampler
-from appliance.request import MOST_STEPS, SamplerName, SigmaSpacing
+from appliance.request import MOST_LCM_STEPS, MOST_STEPS, SAMPLERS, SPACINGS, UNSPACED, SamplerName, SigmaSpacing
 from appliance.trust.description import NoiseSchedule
 from provisioning import goldens
 
 # diffusers 0.42.1 hands torch tensors to numpy in a way that numpy 2 warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-KINDS: Final[tuple[tuple[SamplerName, SigmaSpacing], ...]] = (
-    ("ddim", "model"), ("euler", "model"), ("euler", "karras"), ("euler_a", "model"), ("euler_a", "karras"),
-    ("dpmpp_2m", "model"), ("dpmpp_2m", "karras"),
-)     # fmt: skip
+KINDS: Final[tuple[tuple[SamplerName, SigmaSpacing], ...]] = tuple(
+    (name, spacing) for name in SAMPLERS for spacing in (("model",) if name in UNSPACED else SPACINGS)
+)
 TOO_MANY_IN_DIFFUSERS: Final = (61, 103, 121, 122)      # trailing: docs/sampler-parity.md
 
 
@@ -37,15 +36,16 @@ def numbers(schedule: str, prediction: Any, timestep_spacing: Any) -> NoiseSched
 def test_timesteps_agree_for_every_number_of_steps(name: SamplerName, spacing: SigmaSpacing, timestep_spacing: str) -> None:
     scheduler = goldens.make_scheduler(name, "stable_diffusion", "epsilon", spacing, timestep_spacing)
     schedule = numbers("stable_diffusion", "epsilon", timestep_spacing)
-    for steps in range(1, MOST_STEPS + 1):
-        goldens.set_steps(scheduler, steps, karras=spacing == "karras")
-        ours, theirs = make_sampler(name, schedule, steps, spacing).timesteps, scheduler.timesteps.numpy()
-        assert len(ours) == steps
-        if timestep_spacing == "trailing" and steps in TOO_MANY_IN_DIFFUSERS:
+    for steps in range(1, (MOST_LCM_STEPS if name == "lcm" else MOST_STEPS) + 1):
+        goldens.set_steps(scheduler, steps, schedule="stable_diffusion", spacing=spacing)
+        sampler = make_sampler(name, schedule, steps, spacing)
+        ours, theirs = sampler.timesteps, scheduler.timesteps.numpy()
+        assert len(ours) == steps * sampler.order - (sampler.order - 1)
+        if timestep_spacing == "trailing" and steps in TOO_MANY_IN_DIFFUSERS and name != "lcm":
             if spacing == "model":
-                assert len(theirs) == steps + 1
+                assert len(theirs) == len(ours) + sampler.order
                 assert theirs[-1] == -1
-                assert np.allclose(ours, theirs[:-1], rtol=0, atol=1e-3)
+                assert np.allclose(ours, theirs[: -sampler.order], rtol=0, atol=1e-3)
         else:
             assert np.allclose(ours, theirs, rtol=0, atol=1e-3), steps
 
@@ -56,8 +56,9 @@ def test_timesteps_agree_for_every_number_of_steps(name: SamplerName, spacing: S
 def test_trajectories_agree_where_the_model_answers_to_the_latents(
     name: SamplerName, spacing: SigmaSpacing, prediction: str, steps: int
 ) -> None:
+    steps = min(steps, MOST_LCM_STEPS) if name == "lcm" else steps
     scheduler = goldens.make_scheduler(name, "stable_diffusion", prediction, spacing, "leading")
-    goldens.set_steps(scheduler, steps, karras=spacing == "karras")
+    goldens.set_steps(scheduler, steps, schedule="stable_diffusion", spacing=spacing)
     sampler = make_sampler(name, numbers("stable_diffusion", prediction, "leading"), steps, spacing)
     generator, drawn = (torch.Generator().manual_seed(7) for _ in range(2))
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
@@ -67,7 +68,7 @@ def test_trajectories_agree_where_the_model_answers_to_the_latents(
         def model(shown: torch.Tensor, when: float) -> torch.Tensor:
             return torch.tanh(shown.roll(1, dims=-1) * (1 + when / 1000)) + 0.3 * shown
 
-        extra = {"generator": generator} if name == "euler_a" else {}
+        extra = {"generator": generator} if name in ("euler_a", "dpmpp_2m_sde", "lcm") else {}
         shown = scheduler.scale_model_input(theirs, timestep)
         theirs = scheduler.step(model(shown, float(timestep)), timestep, theirs, **extra).prev_sample
         output = model(torch.from_numpy(sampler.scale_input(ours, i)), sampler.timesteps[i]).numpy()

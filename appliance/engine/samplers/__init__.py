@@ -1,0 +1,1 @@
+"""The samplers, a paper to each file; `appliance.engine.sampling` makes them."""
