@@ -87,6 +87,10 @@ GROUPS: Final[tuple[Group, ...]] = (
         _ALL, _plain("brk mmap mprotect mremap munmap madvise mbind mincore get_mempolicy"),
     ),
     Group(
+        "memory that stays", "SQLCipher locks the pages of its keys and of what it has decrypted",
+        _PAGES, _plain("mlock munlock"),
+    ),
+    Group(
         "threads and waiting", "locks, the clock, sleeping, and the scheduler's view of the cores",
         _ALL,
         _plain(
@@ -185,10 +189,11 @@ GROUPS: Final[tuple[Group, ...]] = (
         ("engine",), _plain("epoll_create1"),
     ),
     Group(
-        "gunicorn's arbiter", "calls listen() again on the socket that it was given, forks the one worker and reaps it",
+        "gunicorn's arbiter",
+        "forks the one worker and reaps it; the folder in which the worker's vault was made is taken away again",
         _PARENTS,
         (
-            *_plain("listen wait4 waitid kill umask"),
+            *_plain("wait4 waitid kill umask rmdir"),
             Allowed("clone", (Is(0, 0, _CLONE_NEW),)),
             *_socket_options((socket.SOL_SOCKET, socket.SO_REUSEADDR)),
         ),
@@ -207,8 +212,8 @@ GROUPS: Final[tuple[Group, ...]] = (
     ),
     Group(
         "starting processes",
-        "the supervisor starts engine and pages anew when they end, in groups of their own, and removes its control folder",
-        ("supervisor",), _plain("execve vfork setsid setpgid rmdir"),
+        "the supervisor starts engine and pages anew when they end, in groups of their own",
+        ("supervisor",), _plain("execve vfork setsid setpgid"),
     ),
     Group(
         "telling systemd", "sd_notify and the journal: datagrams to a path, without connect. Only the supervisor, which never "

@@ -200,10 +200,10 @@ _LOOSENING: Final = (
 # What a parent needs for its work; the filter takes these from the children that hold content.
 _SPARED: Final[Mapping[Role, frozenset[str]]] = {
     "supervisor": frozenset({
-        "listen", "shutdown of a listener", "sendmsg", "execve", "kill", "prctl PR_SET_PDEATHSIG",
+        "shutdown of a listener", "sendmsg", "execve", "kill", "prctl PR_SET_PDEATHSIG",
         "prlimit64 with a new limit", "seccomp",
     }),
-    "arbiter": frozenset({"listen", "kill", "prlimit64 with a new limit", "seccomp"}),
+    "arbiter": frozenset({"kill", "prlimit64 with a new limit", "seccomp"}),
     "worker": frozenset(),
     "engine": frozenset({"shutdown of a listener"}),        # it holds none
 }
