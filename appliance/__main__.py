@@ -245,8 +245,9 @@ def _status(given: argparse.Namespace) -> None:
         print(f"model   {model.get('name')}  sha256:{model.get('digest')}")
     print(f"vault   {said.get('vault')}")
     for promise in promises if isinstance(promises, list) else []:
-        print(f"\n{'holds ' if promise['holds'] else 'BROKEN'}  {promise['id']:14}{promise['title']}")
-        print(f"        {promise['observed']}")
+        verdict = "holds" if promise["holds"] else "BROKEN" if promise["essential"] else "missing"
+        print(f"\n{verdict:9}{promise['id']:14}{promise['title']}")
+        print(f"{'':9}{promise['observed']}")
 
 
 # ── generate ──────────────────────────────────────────────────────────────────
