@@ -17,6 +17,8 @@ converted elsewhere fits in; so is the choice of a latent out of the encoder's m
     vae_decoder    latents / scaling_factor                        → image (batch, 3, height · 8, width · 8) in [-1, 1]
     vae_encoder    image                                           → moments (batch, 2 · channels, …): means, log variances
 
+The `latents` of an inpainting model's unet are 2 · channels + 1: latents, mask, latents of the picture without what is masked.
+
 Any multiple of eight pixels is drawn: the UNet is traced at a size at which it hands the sizes of its way down to its way up.
 
     export(Path("stable-diffusion-v1-5"), Path("sd15"), licence=Path("LICENSE.md"), source_text="https://…, revision …")
@@ -162,11 +164,12 @@ def _write_graphs(origin: Source, out: Path, report: Report, largest_inline: int
     )
     report("denoising network", 1, PARTS)
     deepest = 2 ** (len(origin.unet["block_out_channels"]) - 1)
-    latents = torch.zeros(2, channels, 2 * deepest + 1, 3 * deepest + 1)     # odd: see the module's last paragraph
+    read = int(origin.unet["in_channels"])
+    latents = torch.zeros(2, read, 2 * deepest + 1, 3 * deepest + 1)     # odd: see the module's last paragraph
     write_graph(
         _UNet(origin.load_unet()),
         (
-            Port("latents", ("batch", channels, "height", "width"), latents),
+            Port("latents", ("batch", read, "height", "width"), latents),
             Port("timestep", (1,), torch.zeros(1)),
             Port("context", ("batch", "tokens", width), torch.zeros(2, origin.text.max_length, width)),
         ),
@@ -202,7 +205,7 @@ def _description(
     side = int(origin.unet["sample_size"]) * origin.downscale
     document = {
         "format": FORMAT,
-        "family": "sd1",
+        "family": origin.family,
         "components": {"tokenizer": TOKENIZER, **GRAPHS},
         "text": vars(origin.text),
         "latents": latents,

@@ -32,7 +32,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from appliance.errors import BadRequest
-from appliance.trust.description import NoiseSchedule, TextEncoding
+from appliance.trust.description import INPAINTING, NoiseSchedule, TextEncoding
 
 COMPONENTS: Final = {
     "text_encoder": ("CLIPTextModel", "model"),
@@ -59,8 +59,10 @@ _SCHEDULERS: Final = (
 _READ_AS: Final = {"LMSDiscreteScheduler": "EulerDiscreteScheduler"}
 _OTHER_FAMILIES: Final = {
     "StableDiffusionXLPipeline": "SDXL", "LatentConsistencyModelPipeline": "LCM", "StableDiffusion3Pipeline": "SD 3",
-    "StableDiffusionInpaintPipeline": "inpainting", "FluxPipeline": "Flux",
+    "FluxPipeline": "Flux",
 }
+_INPAINTING_PIPELINE: Final = "StableDiffusionInpaintPipeline"
+_PIPELINES: Final = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", _INPAINTING_PIPELINE)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Source:
     """One model folder whose configuration was read and found usable; weights are loaded one component at a time."""
 
     folder: Path
+    family: str                         # one of description.FAMILIES
     unet: Mapping[str, Any]             # the component's config.json
     vae: Mapping[str, Any]
     text_encoder: Mapping[str, Any]
@@ -86,7 +89,8 @@ class Source:
                 _refuse("family", f"model_index.json: {component} is not a {expected}", hint=_ONLY_SD1)
         configs = {component: _json(folder / component / "config.json") for component in COMPONENTS}
         weight_bytes = sum(_weights(folder / component, stem)[1] for component, (_, stem) in COMPONENTS.items())
-        _check_structure(configs["unet"], configs["vae"], configs["text_encoder"])
+        family = INPAINTING if index["_class_name"] == _INPAINTING_PIPELINE else "sd1"
+        _check_structure(family, configs["unet"], configs["vae"], configs["text_encoder"])
         tokenizer, tokenizer_json = _tokenizer(folder / "tokenizer")
         text = TextEncoding(
             max_length=configs["text_encoder"]["max_position_embeddings"], hidden_size=configs["text_encoder"]["hidden_size"],
@@ -94,8 +98,8 @@ class Source:
         )
         schedule = schedule_of(_json(folder / "scheduler" / "scheduler_config.json"))
         return cls(
-            folder=folder, unet=configs["unet"], vae=configs["vae"], text_encoder=configs["text_encoder"], schedule=schedule,
-            text=text, tokenizer_json=tokenizer_json, weight_bytes=weight_bytes,
+            folder=folder, family=family, unet=configs["unet"], vae=configs["vae"], text_encoder=configs["text_encoder"],
+            schedule=schedule, text=text, tokenizer_json=tokenizer_json, weight_bytes=weight_bytes,
         )
 
     @property
@@ -191,7 +195,7 @@ def _index(folder: Path) -> Mapping[str, Any]:
     kind = str(index.get("_class_name"))
     if kind in _OTHER_FAMILIES:
         _refuse("family", f"model_index.json: a model of the family {_OTHER_FAMILIES[kind]}", hint=_ONLY_SD1)
-    if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
+    if kind not in _PIPELINES:
         _refuse("family", f"model_index.json: {kind[:60]} is not a Stable Diffusion pipeline", hint=_ONLY_SD1)
     return index
 
@@ -235,11 +239,18 @@ def _refuse_pickle(place: str) -> NoReturn:
     )
 
 
-def _check_structure(unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> None:
+def _check_structure(
+    family: str, unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Mapping[str, Any]
+) -> None:
     channels = vae.get("latent_channels")
-    if unet.get("in_channels") != channels or unet.get("out_channels") != channels:
-        _refuse("family", f"unet: {unet.get('in_channels')} channels in and {unet.get('out_channels')} out, where the latents "
-                f"have {channels}; such models (inpainting, depth) need more than a prompt", hint=_ONLY_SD1)
+    if type(channels) is not int or unet.get("out_channels") != channels:
+        _refuse("family", f"unet: {unet.get('out_channels')} channels out, where the latents have {channels}", hint=_ONLY_SD1)
+    # An inpainting model also reads a mask and the latents of the picture around it.
+    expected = 2 * channels + 1 if family == INPAINTING else channels
+    if unet.get("in_channels") != expected:
+        _refuse("family", f"unet: {unet.get('in_channels')} channels in, where a model of this kind reads {expected}; "
+                f"model_index.json says what kind it is, and models with 9 channels are of {_INPAINTING_PIPELINE}",
+                hint=_ONLY_SD1)
     for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "time_cond_proj_dim",
                 "num_class_embeds"):
         if unet.get(key) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.errors import VerificationRefused
-from appliance.trust.description import LARGEST, ModelDescription
+from appliance.trust.description import INPAINTING, LARGEST, ModelDescription
 from tests.bundles import DESCRIPTION
 
 GOOD: dict[str, Any] = json.loads(DESCRIPTION.to_json())
@@ -92,6 +93,14 @@ def test_a_bad_value_is_refused_and_its_field_is_named(place: str, value: object
     assert where.startswith("model.json")
     # "latents.channels = 3" is found out by the length of latents.preview: the section is always right.
     assert named[0] in where
+
+
+def test_a_model_that_paints_into_pictures_has_an_encoder() -> None:
+    painting = replace(DESCRIPTION, family=INPAINTING)
+    bare = replace(painting, components=replace(painting.components, vae_encoder=None))
+    whole = replace(painting, components=replace(painting.components, vae_encoder="vae_encoder/model.onnx"))
+    assert ModelDescription.parse(whole.to_json()) == whole
+    assert "components.vae_encoder" in refusal(bare.to_json()).place
 
 
 def places(value: object, above: str = "") -> list[str]:

@@ -282,7 +282,7 @@ def held(pipeline: Pipeline) -> list[Any]:
     """Return the arrays that a pipeline keeps between requests."""
     bench = pipeline._bench
     assert bench is not None
-    return [array for run in (bench._text, bench._unet, bench._decoder) for array in run.arrays]
+    return [array for run in bench.runs for array in run.arrays]
 
 
 @pytest.mark.parametrize("ending", ["done", "cancelled", "failed", "abandoned"])

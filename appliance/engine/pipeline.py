@@ -1,4 +1,4 @@
-"""From a request to pictures: text-to-image with a Stable Diffusion model (Rombach et al., arXiv:2112.10752).
+"""From a request to pictures with a Stable Diffusion model (Rombach et al., arXiv:2112.10752), from noise or from a picture.
 
 A `Pipeline` is made from a `VerifiedModel` and nothing else, and keeps of it what ONNX Runtime has taken in, not its bytes.
 
@@ -12,7 +12,10 @@ Rules, in order:
 4. Arrays belong to the last size that was drawn, and are reused for the next picture of that size. When a generation ends,
    however it ends, those that held anything of it are overwritten with zeros. (What ONNX Runtime held in between lives in its
    own memory, and ends with the process.)
-5. Nothing derived from a prompt is kept for the next one.
+5. Nothing derived from a prompt or a picture is kept for the next one.
+6. A picture to start from comes as an array (`start.py`), with a mask or without. Under a mask, an ordinary model is led back
+   to the picture after each evaluation wherever it is not marked (as in RePaint, Lugmayr et al., arXiv:2201.09865, without its
+   resampling); an inpainting model reads mask and picture instead.
 
     pipeline = Pipeline(verify(bundle, trusted))
     for picture in pipeline.generate(request, on_step=print, cancelled=lambda: False):
@@ -28,13 +31,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from appliance.engine.bench import Bench, Ground, Layout, Networks, to_bytes, unet_channels
 from appliance.engine.noise import NoiseStream
 from appliance.engine.sampling import Sampler, make_sampler
-from appliance.engine.sessions import Array, BoundRun, Network, usable_cores
-from appliance.engine.tokenizer import Chunk, PromptTokenizer, apply_weights
+from appliance.engine.sessions import Array, Network, usable_cores
+from appliance.engine.start import StartPicture, steps_taken
+from appliance.engine.tokenizer import Chunk, PromptTokenizer
 from appliance.errors import BadRequest, Cancelled, EngineError
 from appliance.request import GenerationRequest
-from appliance.trust.description import LatentSpace, ModelDescription
+from appliance.trust.description import INPAINTING, LatentSpace, ModelDescription
 from appliance.trust.verify import VerifiedModel
 
 Floats = NDArray[np.float32]
@@ -62,8 +67,10 @@ class GeneratedImage:
 class Pipeline:
     """One model, loaded; makes one request's pictures at a time."""
 
-    def __init__(self, model: VerifiedModel, *, threads: int | None = None) -> None:
+    def __init__(self, model: VerifiedModel, *, threads: int | None = None, from_pictures: bool = False) -> None:
         """Load the model. `threads` is by default one for each processor that this process may use.
+
+        With `from_pictures` the encoder is loaded too, if the bundle has one; an inpainting model's always is.
 
         Raises `EngineError` for a graph that cannot be used, `VerificationRefused` for such a tokenizer.
         """
@@ -74,9 +81,12 @@ class Pipeline:
         text, unet, decoder = (
             Network(model, path, threads=self.threads) for path in (parts.text_encoder, parts.unet, parts.vae_decoder)
         )
-        _check_graphs(self.description, text, unet, decoder)
-        self._networks = (text, unet, decoder)
-        self._bench: _Bench | None = None
+        encoder = None
+        if (from_pictures or self.description.family == INPAINTING) and parts.vae_encoder is not None:
+            encoder = Network(model, parts.vae_encoder, threads=self.threads)
+        self._networks = Networks(text, unet, decoder, encoder)
+        _check_graphs(self.description, self._networks)
+        self._bench: Bench | None = None
         self._in_use = threading.Lock()
 
     def generate(
@@ -86,8 +96,9 @@ class Pipeline:
         on_step: Callable[[StepProgress], None],
         cancelled: Callable[[], bool],
         latents: Floats | None = None,
+        start: StartPicture | None = None,
     ) -> Iterator[GeneratedImage]:
-        """Return the request's pictures, each made when it is asked for.
+        """Return the request's pictures, each made when it is asked for; from `start` if it is given, or else from noise.
 
         `latents` is unit Gaussian noise (1, channels, height / downscale, width / downscale) to begin with in place of the
         seed's, for comparisons with other programs. Raises `BadRequest` at once; `Cancelled` and `EngineError` on the way.
@@ -97,6 +108,7 @@ class Pipeline:
         if latents is not None:
             _check_noise(latents, (1, *shape), request.count)
             latents = latents.copy()
+        self._check_start(start, request)
         guided = request.guidance_scale > 1
         if guided:
             wanted, unwanted = self._tokenizer.pair(request.prompt, request.negative_prompt)
@@ -105,8 +117,18 @@ class Pipeline:
             rows = [self._tokenizer.encode(request.prompt)]
         self._sampler(request)      # refuses what cannot be sampled, before anything is begun
         return self._pictures(
-            request, rows, shape=shape, latents=latents, on_step=on_step, cancelled=cancelled
+            request, rows, shape=shape, latents=latents, start=start, on_step=on_step, cancelled=cancelled
         )
+
+    def _check_start(self, start: StartPicture | None, request: GenerationRequest) -> None:
+        inpainting = self.description.family == INPAINTING
+        if start is not None:
+            if self._networks.encoder is None:
+                raise BadRequest("start", "this model cannot start from a picture: its encoder is missing or was not loaded")
+            start.check(request, self.description.latents.downscale)
+        if inpainting and (start is None or start.mask is None):
+            raise BadRequest("start", "this model paints into pictures and needs one, and a mask",
+                             hint="choose another model to draw from words alone")
 
     def _pictures(
         self,
@@ -115,24 +137,29 @@ class Pipeline:
         *,
         shape: tuple[int, int, int],
         latents: Floats | None,
+        start: StartPicture | None,
         on_step: Callable[[StepProgress], None],
         cancelled: Callable[[], bool],
     ) -> Iterator[GeneratedImage]:
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError("a pipeline makes one request's pictures at a time")
         try:
-            layout = _Layout(rows=len(rows), chunks=len(rows[0]), shape=shape)
+            layout = Layout(rows=len(rows), chunks=len(rows[0]), shape=shape, encoder=start is not None)
             if self._bench is None or self._bench.layout != layout:
                 self._bench = None      # before the next one: never two at once
-                self._bench = _Bench(self.description, layout, *self._networks)
-            bench = self._bench
+                self._bench = Bench(self.description, layout, self._networks)
+            bench, ground = self._bench, None
             try:
                 bench.encode(rows, cancelled)
+                if start is not None:
+                    ground = bench.lay(start)
                 for index in range(request.count):
                     seed = request.seed + index
                     noise = NoiseStream((seed,), shape)
+                    drawn = noise.initial() if latents is None else latents.copy()
+                    sampling = self._begin(request, drawn, start, ground)
                     denoised = self._denoise(
-                        bench, request, index=index, noise=noise, start=latents, on_step=on_step, cancelled=cancelled
+                        bench, request, sampling, index=index, noise=noise, on_step=on_step, cancelled=cancelled
                     )
                     if cancelled():
                         raise Cancelled
@@ -141,41 +168,58 @@ class Pipeline:
                     yield GeneratedImage(seed, pixels, self.description.variant)
             finally:
                 bench.wipe()
+                if ground is not None:
+                    ground.wipe()
                 if latents is not None:
                     latents.fill(0)
         finally:
             self._in_use.release()
 
+    def _begin(
+        self, request: GenerationRequest, drawn: Floats, start: StartPicture | None, ground: Ground | None
+    ) -> _Sampling:
+        """Return where sampling begins: at the first evaluation with noise, or later with a picture and noise."""
+        sampler = self._sampler(request)
+        if start is None or ground is None:
+            return _Sampling(sampler, 0, sampler.initial(drawn), drawn, None)
+        first = (request.steps - steps_taken(request.steps, start.strength)) * sampler.order
+        alone = start.mask is not None and start.strength == 1
+        latents = sampler.initial(drawn) if alone else sampler.noised(ground.clean, drawn, first)
+        return _Sampling(sampler, first, latents, drawn, ground)
+
     def _denoise(
         self,
-        bench: _Bench,
+        bench: Bench,
         request: GenerationRequest,
+        sampling: _Sampling,
         *,
         index: int,
         noise: NoiseStream,
-        start: Floats | None,
         on_step: Callable[[StepProgress], None],
         cancelled: Callable[[], bool],
     ) -> Floats:
-        sampler = self._sampler(request)
-        last = len(sampler.timesteps) - 1
-        latents = sampler.initial(noise.initial() if start is None else start.copy())
+        sampler, latents, ground = sampling.sampler, sampling.latents, sampling.ground
+        order, last = sampler.order, len(sampler.timesteps) - 1
+        steps = (last - sampling.first) // order + 1
         # Overflow shows as infinity and is looked for below; numpy's warnings would go to standard error.
         with np.errstate(over="ignore", invalid="ignore"):
-            for i, timestep in enumerate(sampler.timesteps):
+            for i in range(sampling.first, last + 1):
                 if cancelled():
                     raise Cancelled
-                output = bench.predict(sampler.scale_input(latents, i), timestep, request.guidance_scale)
+                step = (i - sampling.first) // order + 1
+                output = bench.predict(sampler.scale_input(latents, i), sampler.timesteps[i], request.guidance_scale)
                 latents, denoised = sampler.step(latents, output, i, noise.step)
+                if ground is not None and ground.mask is not None:
+                    latents = ground.over(latents, sampler.noised(ground.clean, sampling.drawn, i + 1))
+                    denoised = ground.over(denoised, ground.clean)
                 if not np.isfinite(latents).all():
                     raise EngineError(
-                        "not_finite", f"step {i // sampler.order + 1} gave numbers that are not finite",
+                        "not_finite", f"step {step} of {steps} gave numbers that are not finite",
                         hint="try a lower guidance scale or smaller weights in the prompt",
                     )
                 # A step is told when it is done, however often it asked the model.
-                if i % sampler.order == sampler.order - 1 or i == last:
-                    preview = _preview(denoised[0], self.description.latents)
-                    on_step(StepProgress(index, i // sampler.order + 1, last // sampler.order + 1, preview))
+                if i % order == order - 1 or i == last:
+                    on_step(StepProgress(index, step, steps, _preview(denoised[0], self.description.latents)))
         return latents
 
     def _sampler(self, request: GenerationRequest) -> Sampler:
@@ -183,87 +227,20 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """What the sizes of all arrays follow from: rows of the denoising network, chunks of the prompt, shape of the latents."""
+class _Sampling:
+    """One picture's sampling as it begins."""
 
-    rows: int
-    chunks: int
-    shape: tuple[int, int, int]
-
-
-class _Bench:
-    """The arrays of one layout, bound to the networks."""
-
-    def __init__(
-        self, description: ModelDescription, layout: _Layout, text: Network, unet: Network, decoder: Network
-    ) -> None:
-        self.layout = layout
-        self._scaling_factor = description.latents.scaling_factor
-        length, width = description.text.max_length, description.text.hidden_size
-        channels, height, across = layout.shape
-        down = description.latents.downscale
-        self._ids = np.zeros((1, length), np.int64)
-        self._encoded = np.zeros((1, length, width), np.float32)
-        self._latents = np.zeros((layout.rows, *layout.shape), np.float32)
-        self._timestep = np.zeros(1, np.float32)
-        self._context = np.zeros((layout.rows, layout.chunks * length, width), np.float32)
-        self._prediction = np.zeros_like(self._latents)
-        self._undecoded = np.zeros((1, channels, height, across), np.float32)
-        self._image = np.zeros((1, 3, height * down, across * down), np.float32)
-        self._text: BoundRun = text.bind(ids=self._ids, context=self._encoded)
-        self._unet: BoundRun = unet.bind(
-            latents=self._latents, timestep=self._timestep, context=self._context, prediction=self._prediction
-        )
-        self._decoder: BoundRun = decoder.bind(latents=self._undecoded, image=self._image)
-
-    def encode(self, rows: list[list[Chunk]], cancelled: Callable[[], bool]) -> None:
-        """Fill the context: each row's chunks one after another along the tokens."""
-        length = self._ids.shape[1]
-        for row, chunks in enumerate(rows):
-            for place, chunk in enumerate(chunks):
-                if cancelled():
-                    raise Cancelled
-                self._ids[0] = chunk.ids
-                self._text.run()
-                span = slice(place * length, (place + 1) * length)
-                self._context[row, span] = apply_weights(self._encoded[0], chunk.weights)
-
-    def predict(self, latents: Floats, timestep: float, guidance_scale: float) -> Floats:
-        """Return the network's output for latents (1, …), guided where there are two rows: the unwanted, then the wanted."""
-        self._latents[:] = latents
-        self._timestep[0] = timestep
-        self._unet.run()
-        if len(self._prediction) == 1:
-            return self._prediction.copy()
-        unwanted, wanted = self._prediction[:1], self._prediction[1:]
-        guided: Floats = unwanted + np.float32(guidance_scale) * (wanted - unwanted)
-        return guided
-
-    def decode(self, latents: Floats) -> NDArray[np.uint8]:
-        """Return the picture of latents (1, …), (height, width, 3). Raises `EngineError` where it is no picture."""
-        np.divide(latents, np.float32(self._scaling_factor), out=self._undecoded)
-        self._decoder.run()
-        if not np.isfinite(self._image).all():
-            raise EngineError("not_finite", "the decoder gave numbers that are not finite", hint="try another seed")
-        return _to_bytes(self._image[0].transpose(1, 2, 0))
-
-    def wipe(self) -> None:
-        """Overwrite every array with zeros."""
-        for run in (self._text, self._unet, self._decoder):
-            for array in run.arrays:
-                array.fill(0)
+    sampler: Sampler
+    first: int                              # evaluation
+    latents: Floats = field(repr=False)
+    drawn: Floats = field(repr=False)       # the unit Gaussian noise in them
+    ground: Ground | None = field(repr=False)
 
 
 def _preview(denoised: Floats, space: LatentSpace) -> NDArray[np.uint8]:
     """Return latents (channels, height, width) as a small picture, by the model's linear map."""
     matrix = np.array(space.preview, np.float32)
-    return _to_bytes(np.tensordot(denoised, matrix[:-1], axes=(0, 0)) + matrix[-1])
-
-
-def _to_bytes(picture: Floats) -> NDArray[np.uint8]:
-    """Return values in [-1, 1] as [0, 255]: clipped, then rounded to the nearest."""
-    pixels: NDArray[np.uint8] = np.rint(np.clip(picture * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
-    return pixels
+    return to_bytes(np.tensordot(denoised, matrix[:-1], axes=(0, 0)) + matrix[-1])
 
 
 def _check_noise(latents: Floats, shape: tuple[int, ...], count: int) -> None:
@@ -276,16 +253,19 @@ def _check_noise(latents: Floats, shape: tuple[int, ...], count: int) -> None:
         raise BadRequest("latents", f"one noise was given for {count} pictures", hint="ask for one picture")
 
 
-def _check_graphs(description: ModelDescription, text: Network, unet: Network, decoder: Network) -> None:
+def _check_graphs(description: ModelDescription, networks: Networks) -> None:
     """Raise `EngineError` unless the graphs read and give what this pipeline binds, in the sizes that `model.json` names."""
     tokens, width, channels = description.text.max_length, description.text.hidden_size, description.latents.channels
     latents = (None, channels, None, None)
     expected: list[tuple[Network, dict[str, tuple[type, tuple[int | None, ...]]]]] = [
-        (text, {"ids": (np.int64, (None, tokens)), "context": (np.float32, (None, tokens, width))}),
-        (unet, {"latents": (np.float32, latents), "timestep": (np.float32, (1,)), "context": (np.float32, (None, None, width)),
-                "prediction": (np.float32, latents)}),
-        (decoder, {"latents": (np.float32, latents), "image": (np.float32, (None, 3, None, None))}),
+        (networks.text, {"ids": (np.int64, (None, tokens)), "context": (np.float32, (None, tokens, width))}),
+        (networks.unet, {"latents": (np.float32, (None, unet_channels(description), None, None)), "timestep": (np.float32, (1,)),
+                         "context": (np.float32, (None, None, width)), "prediction": (np.float32, latents)}),
+        (networks.decoder, {"latents": (np.float32, latents), "image": (np.float32, (None, 3, None, None))}),
     ]
+    if networks.encoder is not None:
+        moments = (None, 2 * channels, None, None)
+        expected.append((networks.encoder, {"image": (np.float32, (None, 3, None, None)), "moments": (np.float32, moments)}))
     for network, ports in expected:
         found = {port.name: port for port in (*network.inputs, *network.outputs)}
         for name, (kind, dims) in ports.items():
@@ -300,4 +280,4 @@ def _check_graphs(description: ModelDescription, text: Network, unet: Network, d
                 )
 
 
-__all__ = ["Array", "GeneratedImage", "Pipeline", "StepProgress"]
+__all__ = ["Array", "GeneratedImage", "Pipeline", "StartPicture", "StepProgress"]

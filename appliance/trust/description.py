@@ -28,7 +28,8 @@ TimestepSpacing = Literal["leading", "linspace", "trailing"]
 PLACE = "model.json"
 FORMAT = 1
 LARGEST = 1 << 20   # bytes of model.json
-FAMILIES = ("sd1",)
+INPAINTING = "sd1_inpainting"     # its UNet also reads a mask and the latents of what the mask leaves
+FAMILIES = ("sd1", INPAINTING)
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,13 @@ class ModelDescription:
         if family not in FAMILIES:
             raise _refused("family", "unknown family", expected=" or ".join(FAMILIES), got=ascii(family))
         latents = _latents(top.member("latents"))
+        components = _components(top.member("components"))
+        if family == INPAINTING and components.vae_encoder is None:
+            raise _refused("components.vae_encoder", "missing, and a model that paints into pictures must read them")
         description = cls(
             name=top.text("name", 120),
             family=family,
-            components=_components(top.member("components")),
+            components=components,
             text=_text(top.member("text")),
             latents=latents,
             schedule=_schedule(top.member("schedule")),

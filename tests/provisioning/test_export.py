@@ -403,6 +403,8 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "another encoder": (lambda s: configure(s / "model_index.json", text_encoder=["transformers", "T5EncoderModel"]), "family",
                         "text_encoder"),
     "inpainting": (lambda s: configure(s / "unet" / "config.json", in_channels=9), "family", "9 channels"),
+    "inpainting in name": (lambda s: configure(s / "model_index.json", _class_name="StableDiffusionInpaintPipeline"), "family",
+                           "4 channels in"),
     "lcm": (lambda s: configure(s / "unet" / "config.json", time_cond_proj_dim=256), "family", "time_cond_proj_dim"),
     "sd 2": (lambda s: configure(s / "unet" / "config.json", use_linear_projection=True), "family", "SD 2"),
     "strangers": (lambda s: configure(s / "unet" / "config.json", cross_attention_dim=64), "config", "do not belong together"),

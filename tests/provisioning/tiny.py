@@ -37,7 +37,9 @@ def tokenizer_files(folder: Path) -> None:
     }))
 
 
-def make(folder: Path, *, prediction: str = "epsilon", seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
+def make(
+    folder: Path, *, prediction: str = "epsilon", seed: int = 0, dtype: torch.dtype = torch.float16, inpainting: bool = False
+) -> Path:
     """Write a model in diffusers' layout to the new `folder` and return it. Latents are (4, 8, 8), pictures 64 by 64."""
     torch.manual_seed(seed)
     tokenizer_files(folder / "tokenizer")
@@ -48,7 +50,8 @@ def make(folder: Path, *, prediction: str = "epsilon", seed: int = 0, dtype: tor
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     ))
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        sample_size=8, in_channels=9 if inpainting else 4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        norm_num_groups=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=32, attention_head_dim=4,
     )
@@ -73,7 +76,7 @@ def make(folder: Path, *, prediction: str = "epsilon", seed: int = 0, dtype: tor
         part.to(dtype).save_pretrained(folder / name)
     scheduler.save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, "safety_checker": [None, None],
+        "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline", "requires_safety_checker": False, "safety_checker": [None, None],
         "feature_extractor": [None, None], "image_encoder": [None, None],
         "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
@@ -83,9 +86,9 @@ def make(folder: Path, *, prediction: str = "epsilon", seed: int = 0, dtype: tor
     return folder
 
 
-def reference(folder: Path) -> Any:
-    """Return diffusers' own pipeline for the model at `folder`, in float32."""
-    from diffusers import StableDiffusionPipeline  # slow, and nothing else here needs it
+def reference(folder: Path, kind: str = "StableDiffusionPipeline") -> Any:
+    """Return diffusers' own pipeline of that kind for the model at `folder`, in float32."""
+    import diffusers  # slow, and nothing else here needs it
 
     parts = {
         "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
@@ -94,7 +97,7 @@ def reference(folder: Path) -> Any:
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler"),
     }
-    pipeline = StableDiffusionPipeline(
+    pipeline = getattr(diffusers, kind)(
         **parts, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
