@@ -198,6 +198,21 @@ def test_every_number_of_steps_recovers_the_picture_that_a_perfect_model_sees(
         assert relative(latents, picture) < 0.1, (steps, timestep_spacing)
 
 
+@pytest.mark.parametrize(("name", "spacing"), KINDS)
+def test_a_schedule_that_begins_at_no_signal_ends_at_the_picture_too(name: SamplerName, spacing: SigmaSpacing) -> None:
+    schedule = replace(STABLE_DIFFUSION, timestep_spacing="trailing", prediction_type="v_prediction", rescale_zero_snr=True)
+    signal = np.append(signal_levels(schedule)[:-1], 2.0**-24)
+    noise, picture = initial_noise(1, (1, 2, 2))[np.newaxis], initial_noise(2, (1, 2, 2))[np.newaxis]
+    for steps in (1, 2, 5, 20):
+        sampler = make_sampler(name, schedule, steps, spacing)
+        latents = sampler.initial(noise)
+        for i, timestep in enumerate(sampler.timesteps):
+            level = float(np.interp(timestep, np.arange(len(signal)), signal))
+            output = _perfect_output("v_prediction", sampler.scale_input(latents, i), picture, level)
+            latents, _ = sampler.step(latents, output, i, lambda _: noise)
+        assert relative(latents, picture) < 0.1, steps
+
+
 def _perfect_output(prediction: PredictionType, shown: Latents, picture: Latents, level: float) -> Latents:
     epsilon = (shown - np.sqrt(level) * picture) / np.sqrt(1 - level)
     velocity = np.sqrt(level) * epsilon - np.sqrt(1 - level) * picture

@@ -124,7 +124,8 @@ class Pipeline:
         inpainting = self.description.family == INPAINTING
         if start is not None:
             if self._networks.encoder is None:
-                raise BadRequest("start", "this model cannot start from a picture: its encoder is missing or was not loaded")
+                raise BadRequest("start", "this model cannot start from a picture: its encoder is missing or was not loaded",
+                                 hint="describe the picture in words, or export the model again with its encoder")
             start.check(request, self.description.latents.downscale)
         if inpainting and (start is None or start.mask is None):
             raise BadRequest("start", "this model paints into pictures and needs one, and a mask",
