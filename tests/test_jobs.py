@@ -14,6 +14,7 @@ from appliance.errors import BadRequest, QueueFull
 from appliance.request import GenerationRequest
 from appliance.vault.volume import SessionId, Vault
 from tests.bundles import DESCRIPTION
+from tests.vaults import vault as a_vault
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 ANNA, BERT = SessionId("anna"), SessionId("bert")
@@ -46,7 +47,7 @@ class Engine:
 
 @pytest.fixture
 def vault() -> Vault:
-    return Vault(capacity=1000)
+    return a_vault(capacity=1 << 20)
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ def test_an_engine_that_speaks_before_it_says_hello_is_let_go(queue: JobQueue) -
 def test_a_picture_that_the_vault_refuses_fails_the_job_and_stops_the_rest_of_it(queue: JobQueue, engine: Engine) -> None:
     job = queue.submit(ANNA, asked(count=4))
     number = engine.started()
-    engine.send(wire.Picture(number, 1, 1, "fp32", PNG + bytes(2000)))
+    engine.send(wire.Picture(number, 1, 1, "fp32", PNG + bytes(1 << 20)))
     assert engine.order() == wire.Cancel(number)
     engine.send(wire.Failed(number, "cancelled", "was cancelled", None))
     until(lambda: seen(queue, ANNA, job).state == "failed")

@@ -207,7 +207,7 @@ def test_bad_input_gets_a_sentence_and_begins_nothing(visitor: Visitor, here: Pa
     assert not said[0].islower()
     assert said.endswith(".")
     assert here.jobs._jobs == {}
-    assert here.vault._held == 0
+    assert here.vault.held == 0
     if prompt := (GOOD | bad)["prompt"].strip():
         assert prompt in page
     script = visitor.ask("/jobs", GOOD | bad)
@@ -322,7 +322,7 @@ def test_a_forgotten_picture_is_gone(visitor: Visitor, here: Pages) -> None:
     assert visitor.post(f"/pictures/{picture}/forget").status_code == 303
     assert visitor.get(f"/pictures/{picture}/png").status_code == 404
     assert visitor.post(f"/pictures/{picture}/forget").status_code == 404
-    assert here.vault._held == 0
+    assert here.vault.held == 0
     assert visitor.get("/").status_code == 200
 
 
@@ -340,8 +340,8 @@ def test_forgetting_everything_ends_the_session_and_what_is_being_developed(visi
     assert visitor.get(f"/jobs/{job}").status_code == 404
     assert CANARY not in visitor.get("/").get_data(as_text=True)
     until(lambda: here.jobs._running is None)
-    assert len(here.vault._images) == 1
-    assert [stored.request.prompt for stored in here.vault.images(next(iter(here.vault._images)))] == ["a red apple"]
+    (session,) = here.vault.sessions()
+    assert [stored.request.prompt for stored in here.vault.images(session)] == ["a red apple"]
     assert other.get(f"/pictures/{kept}/png").status_code == 200
 
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from gunicorn.app.base import BaseApplication
@@ -31,6 +33,7 @@ from appliance.web.room import Seal
 THREADS: Final = 64         # a stream takes one each while it lasts
 STREAMS: Final = 24
 CONNECTIONS: Final = 512    # in all; what happens when every place is taken is said in `patience`
+_MEMORY: Final = "/dev/shm"     # noqa: S108     # a file system in memory
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
         self._arbiter = os.getpid()
         self._standing = Standing()     # of the worker, and the worker itself: set after the fork
         self._worker: Any = None
+        self._vault: Vault | None = None
         super().__init__()
 
     def load_config(self) -> None:
@@ -100,7 +104,7 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
             "threads": THREADS,
             "worker_connections": CONNECTIONS,
             "sendfile": False,                # what is sent goes through the worker's own outlet
-            "worker_tmp_dir": "/dev/shm",     # noqa: S108     # the arbiter's heartbeat file holds nothing
+            "worker_tmp_dir": _MEMORY,        # the arbiter's heartbeat file holds nothing
             "control_socket_disable": True,
             "logger_class": _Silence,
             "accesslog": None,
@@ -119,6 +123,17 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
             self.cfg.set(name, value)
 
     def _in_worker(self, _arbiter: object, worker: Any) -> None:
+        # Before the walls: the worker may then write to no path at all. What it holds open has no name any more, so that
+        # however it ends the kernel takes it back, and it was ciphertext in memory all along.
+        folder = Path(tempfile.mkdtemp(prefix="darkroom-", dir=_MEMORY))
+        try:
+            self._vault = Vault.ephemeral(folder, capacity=self._limits.memory_for_pictures)
+        finally:
+            for file in folder.iterdir():
+                file.unlink()
+            above = os.open(_MEMORY, os.O_RDONLY | os.O_DIRECTORY)
+            os.rmdir(folder.name, dir_fd=above)     # unlinkat: the filter has no rmdir
+            os.close(above)
         filter_fd, ruleset_fd = self._descriptors.worker
         self._standing = close_off_child(
             self._arbiter, expendable=False, filter_fd=filter_fd, ruleset_fd=ruleset_fd, forked=True
@@ -138,7 +153,8 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
         from appliance.web.app import WebSettings, create_app
 
         events = EventPipe(self._descriptors.events)
-        vault = Vault(capacity=self._limits.memory_for_pictures)
+        vault = self._vault
+        assert vault is not None    # noqa: S101     # gunicorn loads the application after post_fork
         jobs = JobQueue(
             vault,
             capacity=self._limits.queue,

@@ -16,6 +16,7 @@ from appliance.vault.volume import Vault
 from appliance.web.app import WebSettings, create_app
 from appliance.web.room import Seal
 from tests.browser.engine import MODEL, Easel
+from tests.vaults import vault as a_vault
 
 HOST = "127.0.0.1:8000"
 ORIGIN = f"http://{HOST}"
@@ -38,7 +39,7 @@ class Pages:
 
 
 def pages(*, model: ModelDescription = MODEL, capacity: int = 4, engine: bool = True, **settings: int) -> Pages:
-    vault = Vault(capacity=8 << 20)
+    vault = a_vault(capacity=64 << 20)
     jobs = JobQueue(vault, capacity=capacity, on_engine=lambda _: None)
     failures: list[int] = []
     seal = Seal()

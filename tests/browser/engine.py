@@ -25,6 +25,7 @@ from appliance.vault.volume import Vault
 from appliance.web.app import WebSettings, create_app
 from appliance.web.room import Seal
 from tests.bundles import DESCRIPTION
+from tests.vaults import vault as a_vault
 
 EXAMPLES = (
     "a red apple", "a blue umbrella on a yellow background", "a sailboat", "a green frog", "a castle", "an orange cat",
@@ -168,7 +169,7 @@ def served(
     *, step_seconds: float = 0.0, model: ModelDescription = MODEL, capacity: int = 4, port: int = 0, **settings: int
 ) -> Iterator[Served]:
     """Serve the pages on a free port of loopback until the block ends."""
-    vault = Vault(capacity=64 << 20)
+    vault = a_vault(capacity=64 << 20)
     jobs = JobQueue(vault, capacity=capacity, on_engine=lambda _: None)
     easel = Easel(jobs, step_seconds=step_seconds, model=model)
     with socket.create_server(("127.0.0.1", port)) as listener:

@@ -246,7 +246,7 @@ def test_forgetting_a_picture_takes_it_off_the_page_and_out_of_the_vault(desk: W
     expect(page.locator("#strip a")).to_have_count(0)
     expect(page.locator("#shown")).to_be_hidden()
     expect(page.locator("#status")).to_have_text("Forgotten. Nothing of that picture is kept.")
-    assert room.vault._held == 0
+    assert room.vault.held == 0
 
 
 def test_another_picture_can_be_looked_at_while_one_develops(desk: Watched, room: Served) -> None:

@@ -77,7 +77,7 @@ def test_forgetting_everything_asks_once_and_the_back_button_shows_nothing(desk:
     expect(page.locator("#strip a")).to_have_count(0)
     desk.refusals = 1
     assert page.goto(f"{room.url}{picture}").status == 404     # type: ignore[union-attr]
-    assert room.vault._held == 0
+    assert room.vault.held == 0
 
 
 def test_a_tab_that_was_left_open_learns_that_its_session_has_ended(desk: Watched, room: Served) -> None:
