@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import sys
 import threading
 from collections.abc import Sequence
@@ -392,7 +393,10 @@ def _write(line: str) -> None:
     Past Python's buffer, which would try again when the process exits, and change its exit code.
     """
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
+            _, writable, _ = select.select([], [sys.stderr], [], 0)
+            if not writable:
+                return      # a terminal that was stopped, a reader that is busy: nobody waits for them here
             os.write(sys.stderr.fileno(), line.encode("utf-8", "backslashreplace"))
 
 

@@ -43,7 +43,7 @@ from appliance.listening import address, allowed_hosts, listener_for
 from appliance.seal.calls import Role
 from appliance.seal.confine import Standing, close_off_supervisor
 from appliance.seal.control import ControlSocket, answer, run_folder
-from appliance.seal.errands import errands_for
+from appliance.seal.errands import errands_for, places_outside
 from appliance.seal.posture import Posture, look_at_machine, look_at_threads
 from appliance.seal.probes import probe_self
 from appliance.seal.walls import Paths, Walls
@@ -121,11 +121,14 @@ class _Supervisor:
         self._ends: deque[float] = deque(maxlen=_MOST_ENDS)
         self._watchdog = watchdog_interval()
         self._told_at = 0.0
+        self._is_open = False                           # once READY was said
+        self._places = places_outside(config.bundle)    # as they were before anybody could take the ground away
 
     def run(self) -> None:
         try:
             self._open()
             notify(f"READY=1\nSTATUS={'sealed' if self._posture.sealed else 'NOT sealed'}")
+            self._is_open = True
             self._ready(address(self._listener, self._config))
             while True:
                 self._watch()
@@ -259,6 +262,7 @@ class _Supervisor:
                 self._worker_pid = self._checked_worker(record.first)
         if time.monotonic() - self._visited_at > _VISIT_EVERY and self._visit is None:
             self._begin_a_visit()
+        self._tell_the_watchdog()
         return heard
 
     def _checked_worker(self, pid: int) -> int:
@@ -279,6 +283,8 @@ class _Supervisor:
         for child in (self._pages, self._engine):
             if child is not None and child.is_stopped():
                 child.end(0)
+        if self._pages is not None and state_of(self._worker_pid)[0] == "T":
+            self._pages.end(0)
         if self._pages is not None and self._pages.status is not None:
             raise _PagesEnded
         if self._engine is not None and (status := self._engine.status) is not None:
@@ -296,7 +302,6 @@ class _Supervisor:
             self._replace_engine()
         elif self._asked or time.monotonic() - self._looked_at > _LOOK_EVERY:
             self._look_again()
-        self._tell_the_watchdog()
 
     def _end_what_stands_still(self) -> None:
         """End an engine or a worker that was stopped, or has given no sign of life for too long."""
@@ -316,9 +321,12 @@ class _Supervisor:
     def _tell_the_watchdog(self) -> None:
         """Tell systemd that worker and engine live, as often as it wants to hear it, and only where they do."""
         now = time.monotonic()
-        if not self._watchdog or now - self._told_at < self._watchdog or self._engine is None:
+        engine = self._engine
+        if not self._watchdog or not self._is_open or now - self._told_at < self._watchdog or engine is None:
             return
-        if now - self._answered_at < 3 * _VISIT_EVERY and now - self._engine.alive_at < 3 * _VISIT_EVERY:
+        # An engine that loads its model gives no sign of life, and has its own limit for that.
+        lives = now - engine.alive_at < (_START_LIMIT if engine.model is None else 3 * _VISIT_EVERY)
+        if lives and now - self._answered_at < 3 * _VISIT_EVERY:
             self._told_at = now
             notify("WATCHDOG=1")
 
@@ -380,17 +388,19 @@ class _Supervisor:
         pids: dict[Role, int] = {
             "supervisor": os.getpid(), "arbiter": pages.pid, "worker": self._worker_pid, "engine": engine.pid,
         }
-        errands = errands_for(pids, self._config.bundle, self._control.folder)
+        errands = errands_for(pids, self._places, self._config.bundle, self._control.folder)
         engine.ask_for_a_report(errands["engine"])
         pages.ask_for_a_report(errands["worker"])
         until = time.monotonic() + _PROBE_LIMIT
-        while (engine.report is None or pages.report is None) and time.monotonic() < until:
+        while engine.report is None or pages.report is None:
             self._turn(0.1)
             self._see_who_has_ended()
+            if time.monotonic() > until:
+                self._end_the_silent(engine, pages)
         own = probe_self("supervisor", errands["supervisor"], self._standing)
         self._posture = Posture(
             found={"supervisor": own, "worker": pages.report or {}, "engine": engine.report or {}},
-            threads={role: look_at_threads(pid, role) for role, pid in pids.items()},
+            threads={role: look_at_threads(pid, role, self._standing.filters_before) for role, pid in pids.items()},
             standing=self._standing,
             machine=look_at_machine(lambda path: Path(path).read_text(encoding="ascii", errors="replace")),
             planted_heard=self._control.heard(),
@@ -400,11 +410,22 @@ class _Supervisor:
         self._looked_at = time.monotonic()
         self._say_what_was_seen()
 
+    def _end_the_silent(self, engine: Child, pages: Child) -> None:
+        """End whoever has not reported: it stands still, which is no open way out. Raises `EngineError`."""
+        if pages.report is None:
+            self._publish(Record(Event.WORKER_STANDS_STILL, round(_PROBE_LIMIT)))
+            pages.end(0)
+            raise _PagesEnded
+        self._publish(Record(Event.ENGINE_STANDS_STILL, round(_PROBE_LIMIT)))
+        engine.end(0)
+        raise EngineError("probe", f"the engine did not report on itself within {_PROBE_LIMIT:.0f} seconds")
+
     def _say_what_was_seen(self) -> None:
         """Tell the pages, the log and whoever asked. Raises `NotSealed` where a way out is open and may not be."""
         promises = self._posture.promises()
         sealed = self._posture.sealed
-        if self._pages is not None:
+        if self._pages is not None and (sealed or self._config.allow_unsealed):
+            # The worker answers nobody before this has come.
             self._pages.send(POSTURE, json.dumps(self._status()).encode("utf-8"))
         if sealed != self._sealed:
             self._sealed = sealed
@@ -422,7 +443,7 @@ class _Supervisor:
         return {
             "sealed": self._posture.sealed,
             "model": {"name": self._config.bundle.name, "digest": self._posture.digest, "key": self._posture.key},
-            "vault": "session: in the worker's memory, and gone with it",
+            "vault": "session: encrypted in memory, with a key that the worker alone has and that is gone with it",
             "promises": [promise.as_json() for promise in self._posture.promises()],
         }
 

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import py_landlock
 import pyseccomp
 import pytest
 
-from appliance.seal import calls, probes
+from appliance.seal import calls, probes, walls
 from appliance.seal.calls import GROUPS, ROLES, names
 from appliance.seal.walls import program
 
@@ -23,7 +24,7 @@ NEVER = {      # by worker and engine, whatever the future brings
     "io_uring_enter", "io_uring_register", "setns", "unshare", "mount", "umount2", "bpf", "keyctl", "add_key", "request_key",
     "userfaultfd", "open_by_handle_at", "name_to_handle_at", "perf_event_open", "kill", "tkill", "tgkill", "rt_sigqueueinfo",
     "memfd_create", "seccomp", "landlock_restrict_self", "clone3", "chroot", "pivot_root", "init_module", "finit_module",
-    "kexec_load", "reboot", "swapon", "acct", "personality", "vmsplice", "splice", "tee", "shmget", "msgget", "semget",
+    "kexec_load", "reboot", "swapon", "acct", "personality", "vmsplice", "utimensat", "fchmod", "fchown", "unlink", "unlinkat", "rename", "renameat2", "mkdir", "rmdir", "sched_setaffinity", "splice", "tee", "shmget", "msgget", "semget",
     "mq_open", "symlink", "symlinkat", "link", "linkat", "mknod", "mknodat",
 }
 
@@ -56,6 +57,35 @@ def test_the_probes_numbers_are_those_of_the_calls() -> None:
 def test_the_document_is_the_list() -> None:
     """docs/seccomp.md is written from `seal.calls`; run this file to write it anew."""
     assert (ROOT / "docs" / "seccomp.md").read_text(encoding="utf-8") == document()
+
+
+def test_every_attempt_of_the_probes_gets_through_where_there_is_no_filter() -> None:
+    """A probe that looks refused without a filter could not tell that the filter is there."""
+    code = """
+from appliance.seal import probes
+libc = ctypes.CDLL(None, use_errno=True)
+confine.drop_capabilities()
+for group in (probes._SERVED, probes._FORBIDDEN, probes._LOOSENING):
+    for attempt in group:
+        if probes._refused(libc, attempt):
+            print(attempt.name)
+"""
+    refused = set(closed_off("engine", code).stdout.splitlines())
+    # What an ordinary process is refused by the kernel itself, or by how this machine is set up.
+    assert refused <= {"mount", "umount2", "bpf", "perf_event_open", "userfaultfd", "open_by_handle_at", "io_uring_setup", "chroot",
+                       "init_module", "mknodat", "keyctl"}, refused
+
+
+def test_a_virtual_environment_that_links_lib64_to_lib_does_not_show_the_model(tmp_path: Path) -> None:
+    bundle = tmp_path / "venv" / "lib" / "site-packages" / "appliance" / "bundles" / "demo"
+    bundle.mkdir(parents=True)
+    (tmp_path / "venv" / "lib64").symlink_to("lib")
+    (tmp_path / "venv" / "round").symlink_to(".")
+    (tmp_path / "venv" / "lib" / "other.py").touch()
+    rules = list(walls._beneath(tmp_path / "venv", walls._READ, (bundle,)))
+    readable = [path for path, access in rules if access & py_landlock.AccessFs.READ_FILE]
+    assert not any(path == bundle or path in bundle.parents for path in readable)
+    assert tmp_path / "venv" / "lib" / "other.py" in readable
 
 
 def closed_off(role: str, code: str) -> subprocess.CompletedProcess[str]:

@@ -20,6 +20,7 @@ CLEAN = dict.fromkeys(Probe, 0) | {Probe.PARENT: 9}
 GOOD = Posture(
     found={role: dict(CLEAN) for role in ROLES},
     threads={role: Threads(3, 3, 3, 3) for role in (*ROLES, "arbiter")},
+    machine=Machine(),
     digest="ab" * 32,
     key="cd" * 32,
 )
@@ -38,7 +39,7 @@ def test_nothing_that_was_not_observed_is_taken_to_hold() -> None:
     unknown = Posture.unknown()
     assert not unknown.sealed
     held = {promise.id for promise in unknown.promises() if promise.holds}
-    assert held == {"1.network", "3.swap"}, "the defaults of what was not looked at"
+    assert held == set()
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -72,6 +73,7 @@ def test_a_process_that_does_not_answer_breaks_what_it_should_have_answered(role
 def test_one_thread_without_the_filter_breaks_the_seal(role: Role, seen: Threads) -> None:
     worse = replace(GOOD, threads={**GOOD.threads, role: seen})
     assert "1.filter" in broken(worse)
+    assert ("1.privileges" in broken(worse)) is (seen.count == 0)
     assert not worse.sealed
 
 
@@ -131,10 +133,13 @@ NET = "Inter-|   Receive\n face |bytes\n    lo: 0\n"
 def test_encrypted_swap_and_swap_in_memory_are_not_swap_in_the_clear() -> None:
     seen = machine({
         "/proc/self/net/dev": NET, "/proc/self/net/fib_trie": "",
-        "/proc/swaps": SWAPS + "/dev/dm-1 partition 1 0 -2\n/dev/dm-2 partition 1 0 -2\n/dev/zram0 partition 1 0 100\n/swapfile file 1 0 -3\n",
+        "/proc/swaps": SWAPS + "".join(f"{area} partition 1 0 -2\n" for area in (
+            "/dev/dm-1", "/dev/dm-2", "/dev/zram0", "/dev/zram1", "/swapfile", "/zram0",
+        )),
         "/sys/block/dm-1/dm/uuid": "CRYPT-PLAIN-swap", "/sys/block/dm-2/dm/uuid": "LVM-abc",
+        "/sys/block/zram0/backing_dev": "none\n", "/sys/block/zram1/backing_dev": "/dev/sda3\n",
     })
-    assert seen.swap == ("/dev/dm-2", "/swapfile")
+    assert seen.swap == ("/dev/dm-2", "/dev/zram1", "/swapfile", "/zram0")
     assert seen.interfaces == ()
 
 
@@ -160,8 +165,10 @@ def test_threads_are_counted_from_proc(tmp_path: Path) -> None:
         folder = tmp_path / "10" / "task" / task
         folder.mkdir(parents=True)
         (folder / "status").write_text(status, encoding="ascii")
-    assert look_at_threads(10, "engine", tmp_path) == Threads(5, 3, 3, 3)
-    assert look_at_threads(99, "engine", tmp_path) == Threads(0, 0, 0, 0)
+    assert look_at_threads(10, "engine", proc=tmp_path) == Threads(5, 3, 3, 3)
+    # Filters that a container or a unit had put on everybody are none of ours.
+    assert look_at_threads(10, "engine", 1, proc=tmp_path).filtered == 0
+    assert look_at_threads(99, "engine", proc=tmp_path) == Threads(0, 0, 0, 0)
 
 
 @given(st.dictionaries(st.sampled_from(list(Probe)), st.integers(-(2**31), 2**31 - 1)))

@@ -30,7 +30,7 @@ from appliance.errors import Cancelled, DarkroomError
 from appliance.evidence.journal import Event, EventPipe
 from appliance.link import ALIVE, LARGEST_MESSAGE, MODEL, PROBE, REPORT, SECONDS
 from appliance.request import GenerationRequest
-from appliance.seal.confine import Standing, close_off_child
+from appliance.seal.confine import Standing, close_off_child, fall_silent
 from appliance.seal.probes import Errand, pack, probe_self
 from appliance.trust.description import PLACE, ModelDescription
 from appliance.trust.verify import TrustedKey, VerifiedModel, verify
@@ -73,6 +73,8 @@ def run(*, bundle: Path, trusted: Sequence[Path], threads: int | None, descripto
     link.send(MODEL + hello.digest.encode("ascii") + hello.key_fingerprint.encode("ascii"))
     desk = _Desk(end, events, description, pipeline)
     threading.Thread(target=_attend, args=(link, desk, standing), name="supervisor-link", daemon=True).start()
+    # The reason of a refusal is said; from here on there are prompts, and nothing to say.
+    fall_silent()
     # Ready first: a hello with a long licence waits for the worker to read it, and the worker is not there before ready.
     events.say(Event.ENGINE_READY, round(1000 * (time.monotonic() - started)))
     wire.send(end, hello)

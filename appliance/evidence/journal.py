@@ -97,8 +97,7 @@ def records(untrusted: bytearray) -> Iterator[Record]:
 
 def to_journal(say: Callable[[str], None]) -> Callable[[Record], None]:
     """Return the function that publishes a record: to the systemd journal where it listens, through `say` otherwise."""
-    # JOURNAL_STREAM is set by systemd where standard error is the journal (systemd.exec(5)).
-    if "JOURNAL_STREAM" not in os.environ:
+    if not _stderr_is_the_journal():
         return lambda record: say(str(record))
     from systemd import journal
 
@@ -110,6 +109,16 @@ def to_journal(say: Callable[[str], None]) -> Callable[[Record], None]:
         )
 
     return publish
+
+
+def _stderr_is_the_journal() -> bool:
+    """Say whether standard error is what JOURNAL_STREAM names; children of children inherit the name (systemd.exec(5))."""
+    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    try:
+        stderr = os.fstat(2)
+    except OSError:
+        return False
+    return (device, inode) == (str(stderr.st_dev), str(stderr.st_ino))
 
 
 def _clamped(number: int) -> int:

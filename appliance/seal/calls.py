@@ -28,10 +28,12 @@ MSG_FASTOPEN: Final = 0x20000000            # linux/socket.h: data with the firs
 _CLONE_THREAD: Final = 0x00010000           # linux/sched.h
 _CLONE_NEW: Final = 0x7E020000              # every CLONE_NEW* that clone(2) takes
 _TYPE_MASK: Final = 0xF                     # of socket(2)'s type, less SOCK_CLOEXEC and SOCK_NONBLOCK
+# O_ACCMODE, O_CREAT, O_TRUNC, O_APPEND and __O_TMPFILE (asm-generic/fcntl.h)
+_OPEN_TO_CHANGE: Final = 0x3 | 0o100 | 0o1000 | 0o2000 | 0o20000000
 _FIONBIO, _FIOCLEX, _FIONCLEX, _FIONREAD = 0x5421, 0x5451, 0x5450, 0x541B       # asm-generic/ioctls.h
 _F_OFD = (36, 37, 38)                       # F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW (linux/fcntl.h)
 # prctl(2), linux/prctl.h
-_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_SET_DUMPABLE, _PR_SET_NAME = 1, 2, 3, 4, 15
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 1, 2, 3, 4
 _PR_CAPBSET_READ, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS, _PR_SET_VMA = 23, 38, 39, 0x53564D41
 
 
@@ -94,7 +96,7 @@ GROUPS: Final[tuple[Group, ...]] = (
         "threads and waiting", "locks, the clock, sleeping, and the scheduler's view of the cores",
         _ALL,
         _plain(
-            "futex set_robust_list get_robust_list rseq sched_yield sched_getaffinity sched_setaffinity getcpu nanosleep "
+            "futex set_robust_list get_robust_list rseq sched_yield sched_getaffinity getcpu nanosleep "
             "clock_nanosleep clock_gettime clock_getres gettimeofday time restart_syscall membarrier exit exit_group "
             "set_tid_address arch_prctl"
         ),
@@ -111,9 +113,19 @@ GROUPS: Final[tuple[Group, ...]] = (
         "files", "reading modules, templates, the model and the machine's own description; Landlock says which paths",
         _ALL,
         _plain(
-            "openat read pread64 readv write writev close close_range lseek stat fstat lstat newfstatat statx access faccessat "
+            "read pread64 readv write writev close close_range lseek stat fstat lstat newfstatat statx access faccessat "
             "faccessat2 readlink readlinkat getdents64 getcwd dup dup2 dup3 fadvise64"
         ),
+    ),
+    Group(
+        "opening to read",
+        "nothing that writes, creates, truncates or makes a file without a name: also where there is no Landlock, worker and "
+        "engine can change no file that they do not hold open",
+        ("worker", "engine"), (Allowed("openat", (Is(2, 0, _OPEN_TO_CHANGE),)),),
+    ),
+    Group(
+        "opening", "the heartbeat, the folder of the control socket; Landlock says where",
+        _PARENTS, _plain("openat"),
     ),
     Group(
         "descriptors", "flags and locks of a descriptor; not F_SETOWN or F_SETSIG, which would signal another process",
@@ -125,11 +137,14 @@ GROUPS: Final[tuple[Group, ...]] = (
         + _where("ioctl", 1, (_FIONBIO, _FIOCLEX, _FIONCLEX, _FIONREAD, termios.TCGETS, termios.TIOCGWINSZ)),
     ),
     Group(
-        "writing files", "the vault's database, and gunicorn's heartbeat; Landlock says where",
-        _PAGES,
-        _plain(
-            "pwrite64 pwritev fsync fdatasync ftruncate fallocate fchmod fchown unlink unlinkat rename renameat2 mkdir utimensat"
-        ),
+        "writing to the vault", "the database that the worker was given open, which is ciphertext in memory and has no name",
+        _PAGES, _plain("pwrite64 pwritev fsync fdatasync ftruncate fallocate"),
+    ),
+    Group(
+        "making and taking away files",
+        "gunicorn's heartbeat, the vault before it loses its name, the control folder. Landlock has no say over modes, owners "
+        "and times, so the worker has none of these",
+        _PARENTS, _plain("fchmod fchown unlink unlinkat rename renameat2 mkdir rmdir utimensat"),
     ),
     Group(
         "who and where", "identities and limits, read only; prlimit64 of this process, with nothing to set",
@@ -144,11 +159,12 @@ GROUPS: Final[tuple[Group, ...]] = (
     ),
     Group("randomness", "keys, identifiers and seeds", _ALL, _plain("getrandom")),
     Group(
-        "what a process may say of itself", "a thread's name, and reading what was set before; nothing here loosens anything",
+        "what a process may ask of itself",
+        "reading what was set before. Not a name for a thread: everybody on the machine can read it",
         _ALL,
         _where(
             "prctl", 0,
-            (_PR_SET_NAME, _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_CAPBSET_READ, _PR_GET_NO_NEW_PRIVS, _PR_SET_VMA),
+            (_PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_CAPBSET_READ, _PR_GET_NO_NEW_PRIVS, _PR_SET_VMA),
         ),
     ),
     Group(
@@ -190,10 +206,10 @@ GROUPS: Final[tuple[Group, ...]] = (
     ),
     Group(
         "gunicorn's arbiter",
-        "forks the one worker and reaps it; the folder in which the worker's vault was made is taken away again",
+        "forks the one worker and reaps it",
         _PARENTS,
         (
-            *_plain("wait4 waitid kill umask rmdir"),
+            *_plain("wait4 waitid kill umask"),
             Allowed("clone", (Is(0, 0, _CLONE_NEW),)),
             *_socket_options((socket.SOL_SOCKET, socket.SO_REUSEADDR)),
         ),

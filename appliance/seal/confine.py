@@ -62,6 +62,7 @@ class Standing:
     network_namespace: int = 0
     landlock: int = 0
     memory_lock: int = 0
+    filters_before: int = 0     # seccomp filters that were there already
     parent_signal: int = 0
 
 
@@ -73,9 +74,10 @@ def close_off_supervisor(*, filter_fd: int, ruleset_fd: int | None, no_landlock:
     drop_capabilities()
     forbid_new_privileges()
     forbid_core_dumps()
-    landlock = restrict_files(ruleset_fd) if ruleset_fd is not None else no_landlock
+    landlock = no_landlock if ruleset_fd is None else restrict_files(ruleset_fd)
+    filters_before = filters_in_force()
     restrict_calls(filter_fd)
-    return Standing(network, landlock)
+    return Standing(network, landlock, filters_before=filters_before)
 
 
 def close_off_child(
@@ -90,12 +92,24 @@ def close_off_child(
         assert_single_thread()
     settle(parent, expendable=expendable)
     memory = lock_memory()
-    landlock = restrict_files(ruleset_fd) if ruleset_fd is not None else errno.ENOSYS
+    landlock = errno.ENOSYS if ruleset_fd is None else restrict_files(ruleset_fd)
     restrict_calls(filter_fd)
     for fd in (filter_fd, ruleset_fd):
         if fd is not None:
             os.close(fd)
     return Standing(landlock=landlock, memory_lock=memory, parent_signal=_parent_signal())
+
+
+def fall_silent() -> None:
+    """Put /dev/null in the place of standard output and standard error.
+
+    They are the supervisor's: a terminal, or the journal's socket. A process that was taken over could say there what it
+    likes. Call this before the calls are restricted, or while nothing has been received that could be told.
+    """
+    nowhere = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)       # what is written to it fails, and that is nobody's loss
+    for fd in (1, 2):
+        os.dup2(nowhere, fd)
+    os.close(nowhere)
 
 
 def settle(parent: int, *, expendable: bool) -> None:
@@ -201,8 +215,17 @@ def lock_memory() -> int:
 
 
 def restrict_files(ruleset_fd: int) -> int:
-    """Enter the Landlock domain of a ruleset (landlock_restrict_self(2)); return 0 or the errno."""
-    return 0 if _libc().syscall(_LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset_fd), 0) == 0 else ctypes.get_errno()
+    """Enter the Landlock domain of a ruleset (landlock_restrict_self(2)); return 0. Raises `NotSealed`."""
+    if _libc().syscall(_LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset_fd), 0) != 0:
+        raise _refusal("landlock", "the kernel made a Landlock ruleset and refuses to enter it")
+    return 0
+
+
+def filters_in_force() -> int:
+    """Return how many filters others have put on this process before: a container's, a unit's (proc(5), Seccomp_filters)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    found = [line.partition(":")[2] for line in status.splitlines() if line.startswith("Seccomp_filters:")]
+    return int(found[0]) if found else 0
 
 
 class _Program(ctypes.Structure):

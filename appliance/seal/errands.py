@@ -15,10 +15,14 @@ from appliance.seal.probes import Errand
 _OUTSIDE: Final = ("/", "/tmp", "/var/tmp", "/dev/shm", "/run", "/etc", "/var/lib")     # noqa: S108     # tried, to no avail
 
 
-def errands_for(pids: Mapping[Role, int], bundle: Path, control: Path) -> dict[Role, Errand]:
-    """Return what supervisor, worker and engine are to try; `control` is the folder of this appliance's control socket."""
+def places_outside(bundle: Path) -> tuple[str, ...]:
+    """Return the folders that no process has any business writing to; looked up once, since a working folder may go."""
     home = (os.environ["HOME"],) if "HOME" in os.environ else ()
-    places = (*_OUTSIDE, *home, str(Path.cwd()), str(Path(appliance.__file__).parent), str(bundle))
+    return (*_OUTSIDE, *home, str(Path.cwd()), str(Path(appliance.__file__).parent), str(bundle))
+
+
+def errands_for(pids: Mapping[Role, int], places: tuple[str, ...], bundle: Path, control: Path) -> dict[Role, Errand]:
+    """Return what supervisor, worker and engine are to try; `control` is the folder of this appliance's control socket."""
     private, planted = str(control / PRIVATE), str(control / PLANTED)
 
     def others(role: Role) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,7 @@ class Posture:
     found: Mapping[Role, Mapping[Probe, int]] = field(default_factory=dict)
     threads: Mapping[Role, Threads] = field(default_factory=dict)
     standing: Standing = field(default_factory=Standing)
-    machine: Machine = field(default_factory=Machine)
+    machine: Machine | None = None
     planted_heard: int = 0                  # datagrams that came to the socket that the probes were to reach
     digest: str | None = None               # of the verified model
     key: str | None = None
@@ -173,7 +174,7 @@ class Posture:
         for role in FILTERS:
             seen = self.threads.get(role)
             if seen is None or not seen.count:
-                said.append(f"{role}: not found")
+                said.append(f"{role}: not found in /proc (is that mounted with hidepid, or is ProtectProc= set?)")
             elif seen.filtered != seen.count or seen.unprivileged != seen.count:
                 said.append(
                     f"{role}: of {seen.count} threads {seen.filtered} are filtered "
@@ -193,6 +194,8 @@ class Posture:
                 f"supervisor: the kernel allows no namespace ({_why(self.standing.network_namespace)}); "
                 "the filter stands without it",
             )
+        if self.machine is None:
+            return Promise("1.network", title, False, "supervisor: has not looked yet")
         found = self.machine.interfaces
         return Promise(
             "1.network", title, not found,
@@ -204,7 +207,7 @@ class Posture:
             f"{role}: {seen.count - seen.without_capabilities} of {seen.count} threads have capabilities"
             for role, seen in self.threads.items() if seen.without_capabilities != seen.count
         ]
-        missing = [f"{role}: not found" for role in FILTERS if role not in self.threads]
+        missing = [f"{role}: not found" for role in FILTERS if role not in self.threads or not self.threads[role].count]
         return Promise(
             "1.privileges", "No process has a capability", not said and not missing,
             "; ".join(said + missing) or f"supervisor: none on any thread of {_and(tuple(self.threads))}",
@@ -233,7 +236,7 @@ class Posture:
         unlocked = [role for role, number in there.items() if number]
         if not unlocked and not silent:
             return Promise("3.swap", title, True, f"{_and(_CONTENT)}: memory is locked")
-        if not self.machine.swap_known:
+        if self.machine is None or not self.machine.swap_known:
             return Promise("3.swap", title, False, "supervisor: the machine's swap cannot be looked at")
         if self.machine.swap:
             return Promise(
@@ -256,8 +259,12 @@ class Posture:
 # ── Looking ───────────────────────────────────────────────────────────────────
 
 
-def look_at_threads(pid: int, role: Role, proc: Path = Path("/proc")) -> Threads:
-    """Return what /proc says of every thread of `pid`; a process that is gone has none."""
+def look_at_threads(pid: int, role: Role, filters_before: int = 0, proc: Path = Path("/proc")) -> Threads:
+    """Return what /proc says of every thread of `pid`; a process that is gone has none.
+
+    `filters_before` is how many filters the supervisor had before its own: they are everybody's, and prove nothing of ours.
+    """
+    wanted = FILTERS[role] + filters_before
     count = filtered = unprivileged = without = 0
     try:
         tasks = sorted(os.listdir(proc / str(pid) / "task"))        # noqa: PTH208     # names are enough
@@ -270,7 +277,7 @@ def look_at_threads(pid: int, role: Role, proc: Path = Path("/proc")) -> Threads
             continue        # the thread ended between the two looks
         count += 1
         # Seccomp_filters is there since Linux 5.9; an older kernel is taken at its word that a filter is in force.
-        filtered += said.get("Seccomp") == "2" and int(said.get("Seccomp_filters", FILTERS[role])) >= FILTERS[role]
+        filtered += said.get("Seccomp") == "2" and int(said.get("Seccomp_filters", wanted)) >= wanted
         unprivileged += said.get("NoNewPrivs") == "1"
         without += all(int(said.get(name, "1"), 16) == 0 for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"))
     return Threads(count, filtered, unprivileged, without)
@@ -297,9 +304,9 @@ def look_at_machine(read: Callable[[str], str]) -> Machine:
 def _encrypted(area: str, read: Callable[[str], str]) -> bool:
     """Say whether a swap area is dm-crypt's, or memory itself (zram); a file's file system is not looked through."""
     name = Path(area).name
-    if name.startswith("zram"):
-        return True
     try:
+        if re.fullmatch(r"/dev/zram\d+", area):        # memory itself, unless it writes what it does not use to a disk
+            return read(f"/sys/block/{name}/backing_dev").strip() == "none"
         return read(f"/sys/block/{name}/dm/uuid").startswith("CRYPT-")
     except OSError:
         return False

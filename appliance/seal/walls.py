@@ -194,6 +194,8 @@ def _rules(role: Role, paths: Paths) -> Iterator[tuple[Path, AccessFs]]:
         # Where a child looks for the package when it starts: names only, and the child gives that up again.
         yield Path(__file__).resolve().parent.parent.parent, AccessFs.READ_DIR
         yield Path("/proc"), _READ | _offering()
+        yield Path("/sys/block"), _READ                         # which swap is encrypted …
+        yield Path("/sys/devices/virtual/block"), _READ         # … where the links there lead
         yield paths.run_folder, _WRITE
     if role in ("supervisor", "arbiter"):
         yield Path(_HEARTBEAT), _WRITE
@@ -247,8 +249,9 @@ def _beneath(place: Path, access: AccessFs, hidden: tuple[Path, ...]) -> Iterato
     for entry in sorted(place.iterdir()):
         if entry in hidden:
             continue
-        if entry.is_symlink():
-            yield entry.resolve(), access
-        else:
-            yield from _beneath(entry, access, hidden)
+        resolved = entry.resolve()
+        # A link may lead to where the hidden folder is (lib64 to lib, in every virtual environment); one that leads to a
+        # folder above it would go round for ever, and opens nothing that is not seen on the way.
+        if resolved not in place.parents and resolved != place:
+            yield from _beneath(resolved, access, hidden)
 

@@ -178,6 +178,9 @@ class PatientWorker(ThreadWorker):      # type: ignore[misc]     # gunicorn publ
         if cfg.is_ssl or "h2" in cfg.http_protocols or cfg.proxy_protocol != "off":
             raise RuntimeError("the patient worker serves HTTP/1.1 alone")
 
+    def notify(self) -> None:
+        """Say nothing to the arbiter: the supervisor asks for pages itself, and the worker may not touch a file's time."""
+
     def init_process(self) -> None:
         """Make sure of a descriptor for every place, then run."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from flask import request
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
 from appliance.engine.jobs import JobQueue
 from appliance.evidence.journal import Event, EventPipe
-from appliance.seal.confine import Standing, close_off_child
+from appliance.seal.confine import Standing, close_off_child, fall_silent
 from appliance.vault.volume import Vault
 from appliance.web.attendant import Admitted, Attendant
 from appliance.web.patience import PatientWorker
@@ -64,6 +65,13 @@ def serve(limits: Limits, descriptors: Descriptors, *, supervisor: int) -> None:
     filter_fd, ruleset_fd = descriptors.arbiter
     close_off_child(supervisor, expendable=False, filter_fd=filter_fd, ruleset_fd=ruleset_fd)
     _Application(limits, descriptors).run()
+
+
+def _closed_until_seen(seal: Seal) -> tuple[str, int, dict[str, str]] | None:
+    """Answer nobody before the supervisor has looked at the seal; but for the supervisor itself, who asks whether pages come."""
+    if seal.seen is not None or request.path == "/static/ready.txt":
+        return None
+    return "Darkroom is being sealed. Try again in a moment.\n", 503, {"Retry-After": "2", "Content-Type": "text/plain"}
 
 
 class _Silence(Logger):      # type: ignore[misc]     # gunicorn publishes no types
@@ -108,7 +116,7 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
             "control_socket_disable": True,
             "logger_class": _Silence,
             "accesslog": None,
-            "timeout": 30,
+            "timeout": 0,                     # the supervisor sees to it whether the worker lives, so there is no heartbeat
             "graceful_timeout": 1,
             "keepalive": 5,
             "limit_request_line": PatientWorker.patience.sizes.line,
@@ -134,6 +142,7 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
             above = os.open(_MEMORY, os.O_RDONLY | os.O_DIRECTORY)
             os.rmdir(folder.name, dir_fd=above)     # unlinkat: the filter has no rmdir
             os.close(above)
+        fall_silent()
         filter_fd, ruleset_fd = self._descriptors.worker
         self._standing = close_off_child(
             self._arbiter, expendable=False, filter_fd=filter_fd, ruleset_fd=ruleset_fd, forked=True
@@ -168,6 +177,7 @@ class _Application(BaseApplication):      # type: ignore[misc]     # gunicorn pu
             on_failure=lambda status: events.say(Event.REQUEST_FAILED, status),
             seal=seal,
         )
+        app.before_request(lambda: _closed_until_seen(seal))
         Attendant(socket.socket(fileno=self._descriptors.link), self._standing, jobs, seal, self._admit).start()
         events.say(Event.WORKER_READY, os.getpid())
         return app
