@@ -21,14 +21,15 @@ def test_what_is_said_arrives_in_order_with_its_numbers() -> None:
     reading, writing = os.pipe()
     pipe = EventPipe(writing)
     pipe.say(Event.ENGINE_VERIFIED, 8, 38)
-    pipe.say(Event.ENGINE_ENDED, -9)
-    pipe.say(Event.JOB_DONE, 2**40, -(2**40))       # more than a field holds is said as the most it holds
+    pipe.say(Event.ENGINE_ENDED, -9)                # the supervisor's to say, and no child's
+    pipe.say(Event.JOB_DONE, 2**40, 2**40)          # more than a field holds is no number of ours
+    pipe.say(Event.REQUEST_FAILED, 0x43414E41)      # four letters of anything
+    pipe.say(Event.REQUEST_FAILED, 500, 1)
+    pipe.say(Event.JOB_DONE, 2, 1500)
     heard = list(records(bytearray(os.read(reading, 4096))))
     os.close(reading)
     os.close(writing)
-    assert heard == [
-        Record(Event.ENGINE_VERIFIED, 8, 38), Record(Event.ENGINE_ENDED, -9, 0), Record(Event.JOB_DONE, 2**31 - 1, -(2**31))
-    ]
+    assert heard == [Record(Event.ENGINE_VERIFIED, 8, 38), Record(Event.JOB_DONE, 2, 1500)]
     assert str(heard[0]) == "the model was verified: 8 files, 38 MiB"
 
 

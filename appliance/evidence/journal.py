@@ -57,6 +57,14 @@ _SENTENCES: Final = {
 }
 
 
+# The largest values of the two integers, of the events that children say. A number beyond them is no number of ours.
+_LARGEST: Final = {
+    Event.ENGINE_VERIFIED: (10_000, 1 << 20), Event.ENGINE_READY: (3_600_000, 0), Event.WORKER_READY: (1 << 22, 0),
+    Event.WORKER_HAS_ENGINE: (0, 0), Event.WORKER_LOST_ENGINE: (0, 0), Event.JOB_DONE: (64, 86_400_000),
+    Event.JOB_CANCELLED: (0, 0), Event.JOB_FAILED: (0, 0), Event.REQUEST_FAILED: (599, 0),
+}
+
+
 class Record(NamedTuple):
     """One event with its integers."""
 
@@ -85,14 +93,21 @@ class EventPipe:
 
 
 def records(untrusted: bytearray) -> Iterator[Record]:
-    """Take whole records from the front of `untrusted`, in place; a record of no known event is dropped."""
+    """Take whole records from the front of `untrusted`, in place.
+
+    A record of no known event is dropped, and so is one with a number that the event cannot have: eight bytes of anything
+    would otherwise be eight bytes in the log.
+    """
     while len(untrusted) >= _RECORD.size:
         number, first, second = _RECORD.unpack(bytes(untrusted[: _RECORD.size]))
         del untrusted[: _RECORD.size]
         try:
-            yield Record(Event(number), first, second)
+            event = Event(number)
         except ValueError:
             continue
+        most_first, most_second = _LARGEST.get(event, (-1, -1))
+        if 0 <= first <= most_first and 0 <= second <= most_second:
+            yield Record(event, first, second)
 
 
 def to_journal(say: Callable[[str], None]) -> Callable[[Record], None]:
