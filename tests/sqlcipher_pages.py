@@ -5,7 +5,7 @@ A page of the file (zetetic.net/sqlcipher/design, and the comments of src/sqlcip
     ciphertext | IV, 16 bytes | HMAC | padding to a multiple of the cipher's block
 
 AES-256-CBC without padding; the HMAC is over ciphertext, IV and the page's number as four bytes, little-endian. Its key is
-PBKDF2 (two rounds) of the encryption key with the salt, every byte of it XORed with 0x3a. Page 1 begins with the salt in the
+PBKDF2-HMAC-SHA-512 (two rounds) of the encryption key with the salt, every byte of it XORed with 0x3a. Page 1 begins with the salt in the
 clear, where SQLite's magic would be. A frame of the WAL is 24 bytes of header and one page (sqlite.org/fileformat2.html#walformat).
 """
 
@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 
-_HASHES = {"sha512": hashes.SHA512, "sha256": hashes.SHA256}
 _SIZES = {"sha512": 64, "sha256": 32}
 
 
@@ -79,7 +78,7 @@ class Format:
         reserve = -(-(16 + _SIZES[self.digest]) // 16) * 16
         start, end = 16 if number == 1 else 0, self.page_size - reserve
         iv, tag = page[end:end + 16], page[end + 16:end + 16 + _SIZES[self.digest]]
-        hmac_key = PBKDF2HMAC(_HASHES[self.digest](), 32, bytes(byte ^ 0x3A for byte in salt), 2).derive(self.key)
+        hmac_key = PBKDF2HMAC(hashes.SHA512(), 32, bytes(byte ^ 0x3A for byte in salt), 2).derive(self.key)
         made = hmac.digest(hmac_key, page[start:end + 16] + struct.pack("<I", number), self.digest)
         if not hmac.compare_digest(made, tag):
             raise NotAuthentic(f"page {number} of the {place}")

@@ -62,14 +62,16 @@ LAYOUT: Final = Layout()
 class Pages:
     """An open database. Not safe for several threads at once: whoever has it keeps a lock."""
 
-    def __init__(self, path: Path, key: VolumeKey, *, durable: bool, layout: Layout) -> None:
+    def __init__(self, path: Path, key: VolumeKey, *, durable: bool, layout: Layout, new: bool) -> None:
         self.path = path
         self.layout = layout
         self.pad = bytes(layout.page_size)      # what content begins with: rule 4
         self._key = key
         self._durable = durable
         self._is_open = False
+        self._is_new = new
         self._connection = self._connect()
+        self._is_new = False
 
     @classmethod
     def create(cls, folder: Path, name: str, key: VolumeKey, *, durable: bool, layout: Layout = LAYOUT) -> Pages:
@@ -82,7 +84,7 @@ class Pages:
         with told(name):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         try:
-            made = cls(path, key, durable=durable, layout=layout)
+            made = cls(path, key, durable=durable, layout=layout, new=True)
             if durable:
                 made.flush()
             return made
@@ -104,9 +106,9 @@ class Pages:
                 "vault_refused", f"{name}: not a file of this user alone, with one name",
                 hint="nobody else may read it (chmod 600), and links are not followed",
             )
-        if status.st_size == 0:     # SQLite would begin a new database in it
+        if status.st_size < layout.page_size:       # SQLite would begin a new database in it
             raise _damaged(name)
-        return cls(path, key, durable=durable, layout=layout)
+        return cls(path, key, durable=durable, layout=layout, new=False)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Any]:
@@ -198,7 +200,7 @@ class Pages:
             f"cipher_page_size = {self.layout.page_size}",
             f"cipher_hmac_algorithm = HMAC_{self.layout.digest}",
             "locking_mode = EXCLUSIVE",             # before anything is read: the WAL's index is then not a file
-            "auto_vacuum = INCREMENTAL",            # only says something to a new file
+            *(("auto_vacuum = INCREMENTAL",) if self._is_new else ()),      # it writes to a file that is there, too
             "journal_mode = WAL",
             "wal_autocheckpoint = 0",               # the vault says when, and hears of it when it fails
             f"synchronous = {'FULL' if self._durable else 'OFF'}",
