@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +127,7 @@ def test_no_new_privileges_cannot_be_left_out(tmp_path: Path) -> None:
     alteration = CONFINE + "confine.forbid_new_privileges = lambda: None"
     ended = darkroom_said("serve", "--port", "0", environment={**hook(tmp_path, alteration), "XDG_RUNTIME_DIR": str(tmp_path)})
     assert ended.returncode == 6
-    assert "the kernel refused the filter" in ended.stderr
+    assert "Operation not permitted" in ended.stderr
 
 
 def test_a_second_thread_in_the_supervisor_is_a_refusal(tmp_path: Path) -> None:
@@ -144,3 +147,25 @@ def test_what_is_open_is_served_where_that_is_allowed_and_every_page_says_so(tmp
         visitor = Visitor(altered.appliance.hostport)
         for path in ("/", "/pictures", "/privacy", "/model", "/nowhere"):
             assert "not sealed" in visitor.get(path).text.lower(), path
+
+
+def test_nobody_is_answered_before_the_seal_was_looked_at(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Everything is open, nothing of it was allowed: the appliance ends, and whoever was waiting has read nothing.
+    environment = {**os.environ, **hook(tmp_path, ESSENTIAL["the filter of everybody"].alteration), "XDG_RUNTIME_DIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "appliance", "serve", "--port", str(port)], env=environment, stderr=subprocess.DEVNULL
+    ) as process:
+        heard = b""
+        while process.poll() is None:
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=60) as visitor:
+                    visitor.sendall(f"GET /model HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
+                    while got := visitor.recv(65536):
+                        heard += got
+            except OSError:
+                continue
+    assert process.returncode == 6
+    assert b"200 OK" not in heard

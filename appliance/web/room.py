@@ -43,6 +43,11 @@ class Seal:
 
     def __init__(self) -> None:
         self._seen: Seen | None = None
+        self._shown = threading.Event()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the first look; False where it has not come within `seconds`."""
+        return self._shown.wait(seconds)
 
     def show(self, said: dict[str, object]) -> None:
         """Take what the supervisor says."""
@@ -50,6 +55,7 @@ class Seal:
         self._seen = Seen(
             said.get("sealed") is True, tuple(promises) if isinstance(promises, list) else (), time.time()
         )
+        self._shown.set()
 
     @property
     def seen(self) -> Seen | None:

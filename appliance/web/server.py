@@ -34,6 +34,7 @@ from appliance.web.room import Seal
 THREADS: Final = 64         # a stream takes one each while it lasts
 STREAMS: Final = 24
 CONNECTIONS: Final = 512    # in all; what happens when every place is taken is said in `patience`
+_LOOKED_AT_WITHIN: Final = 60.0       # seconds; whoever comes earlier waits, for a page that is true
 _MEMORY: Final = "/dev/shm"     # noqa: S108     # a file system in memory
 
 
@@ -68,8 +69,8 @@ def serve(limits: Limits, descriptors: Descriptors, *, supervisor: int) -> None:
 
 
 def _closed_until_seen(seal: Seal) -> tuple[str, int, dict[str, str]] | None:
-    """Answer nobody before the supervisor has looked at the seal; but for the supervisor itself, who asks whether pages come."""
-    if seal.seen is not None or request.path == "/static/ready.txt":
+    """Let everybody wait until the supervisor has looked at the seal, except for itself, who asks whether pages come."""
+    if seal.seen is not None or request.path == "/static/ready.txt" or seal.wait(_LOOKED_AT_WITHIN):
         return None
     return "Darkroom is being sealed. Try again in a moment.\n", 503, {"Retry-After": "2", "Content-Type": "text/plain"}
 
