@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from appliance.request import GenerationRequest
 from appliance.vault.keys import VolumeKey
@@ -21,6 +21,7 @@ from appliance.vault.pages import Layout, Pages
 from appliance.vault.volume import SessionId, Vault
 
 ROWS, MIB = 24, 1 << 20
+DIGESTS: tuple[Literal["SHA256", "SHA512"], ...] = ("SHA256", "SHA512")
 REQUEST = GenerationRequest("a red apple", "", 20, "ddim", "model", 2.0, 1, 1, 512, 512)
 
 
@@ -30,7 +31,9 @@ def timed(act: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1000
 
 
-def measured(put: Callable[[bytes], object], get: Callable[[int], object], delete: Callable[[int], object]) -> tuple[float, float, float]:
+def measured(
+    put: Callable[[bytes], object], get: Callable[[int], object], delete: Callable[[int], object]
+) -> tuple[float, float, float]:
     """Return put (of the best four in a row, one of which copies the log), get and delete (the best), in milliseconds.
 
     The best, because whatever else the machine is doing only ever adds.
@@ -45,7 +48,9 @@ def measured(put: Callable[[bytes], object], get: Callable[[int], object], delet
 def plain(folder: Path, page_size: int) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory(dir=folder) as inner:
         connection = sqlite3.connect(Path(inner) / "plain", isolation_level=None)
-        for pragma in (f"page_size={page_size}", "locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+        for pragma in (
+            f"page_size={page_size}", "locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON",
+        ):
             connection.execute(f"PRAGMA {pragma}").fetchall()
         return rows(connection, lambda: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
 
@@ -98,8 +103,8 @@ def main() -> None:
         runs = [plain(folder, page_size) for _ in range(3)]
         base = tuple(map(min, zip(*runs, strict=True)))
         print(f"| {page_size} | plain | {base[0]:.1f} | {base[1]:.2f} | {base[2]:.1f} | | |", flush=True)
-        for digest in ("SHA256", "SHA512"):
-            runs = [encrypted(folder, Layout(page_size, digest)) for _ in range(3)]     # type: ignore[arg-type]
+        for digest in DIGESTS:
+            runs = [encrypted(folder, Layout(page_size, digest)) for _ in range(3)]
             ours = tuple(map(min, zip(*runs, strict=True)))
             print(
                 f"| {page_size} | {digest} | {ours[0]:.1f} | {ours[1]:.2f} | {ours[2]:.1f} | {base[0] / ours[0]:.2f} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def refused(folder: Path, secret: Secret = STICK, tries: Counted | None = None, 
 
 
 def state(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(("-reserve", "-wal")) or path.name.endswith("-wal") and path.stat().st_size}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(("-reserve", "-wal")) or (path.name.endswith("-wal") and path.stat().st_size)}
 
 
 def saved(folder: Path, to: Path) -> Path:
@@ -291,7 +291,7 @@ def test_every_flipped_bit_of_the_header_is_refused(filled: tuple[Path, ImageId]
             try:
                 changed = Header.parse(bytes(bad))
             except VaultError as error:
-                assert error.reason == "header_refused"
+                assert error.reason == "header_refused"        # noqa: PT017
                 continue
             found = next(filter(None, (slot.opened(STICK, changed.volume) for slot in changed.slots if slot.kind == "keyfile")), None)
             assert found is None or not changed.is_sealed_by(found), (at, bit)
@@ -351,7 +351,7 @@ def test_a_damaged_page_is_told_and_the_other_pictures_can_still_be_read(filled:
         try:
             vault = opened(folder)
         except VaultError as error:
-            assert error.reason == "vault_damaged"
+            assert error.reason == "vault_damaged"        # noqa: PT017
             assert path.read_bytes() == bad
             told += 1
             continue
@@ -360,7 +360,7 @@ def test_a_damaged_page_is_told_and_the_other_pictures_can_still_be_read(filled:
             try:
                 assert vault.vault.get(ANNA, one) is not None
             except VaultError as error:
-                assert error.reason == "vault_damaged"
+                assert error.reason == "vault_damaged"        # noqa: PT017
                 failed.append(one)
         assert len(failed) < 2 or page < 10
         told += bool(failed) or bool(vault.vault.damage())
@@ -455,11 +455,11 @@ def test_parameters_of_a_derivation_are_bounded(bad: tuple[int, int, int]) -> No
 
 
 @pytest.fixture(scope="module")
-def openssl() -> Iterator[str]:
+def openssl() -> str:
     found = shutil.which("openssl")
     if found is None:
         pytest.skip("no openssl here")
-    yield found
+    return found
 
 
 def test_a_slot_opens_with_openssl_alone(openssl: str, folder: Path) -> None:

@@ -106,7 +106,9 @@ class Pages:
                 "vault_refused", f"{name}: not a file of this user alone, with one name",
                 hint="nobody else may read it (chmod 600), and links are not followed",
             )
-        if status.st_size < layout.page_size:       # SQLite would begin a new database in it
+        # SQLite would begin a new database in an empty file. Half a page at the end is a crash's only where there is a log.
+        log = path.with_name(f"{name}-wal")
+        if status.st_size < layout.page_size or (status.st_size % layout.page_size and not (log.exists() and log.stat().st_size)):
             raise _damaged(name)
         return cls(path, key, durable=durable, layout=layout, new=False)
 
