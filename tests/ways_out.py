@@ -140,34 +140,37 @@ LISTENER_TRICKS = (
 )
 
 UNIX = _BEGIN + """
-def stream(path):
+def told(name):
+    return @canary@ + b" " + name.encode()
+def stream(path, name):
     def attempt():
         one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         one.settimeout(5)
         one.connect(path)
-        one.sendall(@canary@)
+        one.sendall(told(name))
     return attempt
-def datagram(path):
+def datagram(path, name):
     def attempt():
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(@canary@, path)
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(told(name), path)
     return attempt
-def paired(path):
+def paired(path, name):
     def attempt():
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        ours.sendto(@canary@, path)
+        ours.sendto(told(name), path)
     return attempt
-def turned(path):
+def turned(path, name):
     def attempt():
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         ours.connect(path)
-        ours.send(@canary@)
+        ours.send(told(name))
     return attempt
 for name, path in @streams@.items():
-    way(name + ", connected to", stream(path))
+    way(name + ", connected to", stream(path, name + ", connected to"))
 for name, path in @datagrams@.items():
-    way(name + ", sent to", datagram(path))
-    way(name + ", sent to from one of a pair", paired(path))
-    way(name + ", connected to with one of a pair", turned(path))
+    for how, attempt in (
+        (", sent to", datagram), (", sent to from one of a pair", paired), (", connected to with one of a pair", turned),
+    ):
+        way(name + how, attempt(path, name + how))
 """
 
 OTHERS = _BEGIN + """

@@ -56,7 +56,13 @@ class ControlSocket:
         _own(folder)
         _sweep(folder)
         self.folder = folder / str(os.getpid())
-        self.folder.mkdir(mode=0o700)
+        try:
+            self.folder.mkdir(mode=0o700)
+        except FileExistsError:     # the same number in another PID namespace
+            raise BadRequest(
+                "run_folder", f"{self.folder}: another appliance is there, in a container of its own",
+                hint="give each appliance a run folder of its own with [run] folder",
+            ) from None
         (self.folder / PRIVATE).touch(mode=0o600)
         self.listener = _bound(socket.SOCK_STREAM, self.folder / CONTROL)
         self.listener.listen(8)
@@ -200,6 +206,8 @@ def _listens(path: Path) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(1.0)
             connection.connect(str(path))
+    except BlockingIOError:     # its backlog is full: somebody is there
+        return True
     except OSError:
         return False
     return True
@@ -227,7 +235,10 @@ def _own(folder: Path) -> None:
 def _sweep(folder: Path) -> None:
     """Remove what appliances that were killed have left: folders in which nobody listens."""
     for entry in folder.iterdir():
-        if entry.name.isdigit() and entry.is_dir() and not entry.is_symlink() and not _listens(entry / CONTROL):
+        # One that is just being made does not listen yet, and its process is there.
+        if not entry.name.isdigit() or entry.is_symlink() or (Path("/proc") / entry.name).exists():
+            continue
+        if not _listens(entry / CONTROL):
             shutil.rmtree(entry, ignore_errors=True)
 
 
