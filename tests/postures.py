@@ -16,6 +16,7 @@ _THREADS: dict[Role, int] = {"supervisor": 1, "arbiter": 1, "worker": 7, "engine
 HELD = Posture(
     found={"supervisor": _FINE, "worker": _FINE, "engine": _FINE},
     threads={role: Threads(count, count, count, count) for role, count in _THREADS.items()},
+    machine=Machine(),
     digest="ab" * 32, key="cd" * 32,
 )
 # A hardened host: no user namespaces, no Landlock, and a swap partition that is not encrypted.
