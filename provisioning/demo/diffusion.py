@@ -41,7 +41,7 @@ class DiffusionRecipe:
     text_layers: int = 2
     batch: int = 64
     learning_rate: float = 2e-3
-    steps: int = 3400
+    steps: int = 7000
     decay_steps: int = 520
     average: float = 0.995
     tilt: float = 0.4           # t = 1000 · q^tilt for uniform q: below 1, noisy steps come more often
