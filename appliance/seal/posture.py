@@ -24,7 +24,7 @@ from typing import Final
 
 from appliance.seal.calls import Role
 from appliance.seal.confine import Standing
-from appliance.seal.probes import ATTEMPTS, FAMILIES, Probe
+from appliance.seal.probes import FAMILIES, Probe, attempted
 
 FILTERS: Final[Mapping[Role, int]] = {"supervisor": 1, "arbiter": 2, "worker": 3, "engine": 2}     # one for each who tightened
 _PROBED: Final[tuple[Role, ...]] = ("supervisor", "worker", "engine")
@@ -99,17 +99,17 @@ class Posture:
             ),
             self._nothing(
                 "1.served", "A socket that serves visitors cannot be turned into a way out", Probe.SERVED, essential=True,
-                tried=f"{ATTEMPTS[Probe.SERVED]} ways", through="get through",
+                tried="ways", through="get through",
             ),
             self._unix(),
             self._filter(),
             self._nothing(
                 "1.calls", "What reaches into other processes, devices or the kernel is refused", Probe.CALLS, essential=True,
-                tried=f"{ATTEMPTS[Probe.CALLS]} calls", through="get through",
+                tried="calls", through="get through",
             ),
             self._nothing(
                 "1.loosening", "No process can take its seal off again", Probe.LOOSENING, essential=True,
-                tried=f"{ATTEMPTS[Probe.LOOSENING]} ways", through="get through",
+                tried="ways", through="get through",
             ),
             self._network(),
             self._privileges(),
@@ -143,11 +143,14 @@ class Posture:
     ) -> Promise:
         """Return a promise that holds where nothing got through in any process."""
         there, silent = self._gather(probe, among)
-        said = [f"{role}: {number} of {tried} {through}" for role, number in there.items() if number]
+        counted = probe in (Probe.SERVED, Probe.CALLS, Probe.LOOSENING)
+        amount = {role: f"{attempted(probe, role)} {tried}" if counted else tried for role in there}
+        said = [f"{role}: {number} of {amount[role]} {through}" for role, number in there.items() if number]
         said += [f"{role}: did not answer" for role in silent]
-        return Promise(
-            id_, title, not said, "; ".join(said) or f"{_and(tuple(there))}: {tried} tried, none {_singular(through)}", essential
-        )
+        # Those who tried as much are named together.
+        together = {what: tuple(role for role in there if amount[role] == what) for what in dict.fromkeys(amount.values())}
+        held = "; ".join(f"{_and(roles)}: {what} tried, none {_singular(through)}" for what, roles in together.items())
+        return Promise(id_, title, not said, "; ".join(said) or held, essential)
 
     def _exactly(self, id_: str, title: str, wanted: Mapping[Probe, int]) -> Promise:
         said = []

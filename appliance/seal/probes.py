@@ -215,7 +215,12 @@ _SPARED: Final[Mapping[Role, frozenset[str]]] = {
     "worker": frozenset(),
     "engine": frozenset({"shutdown of a listener"}),        # it holds none
 }
-ATTEMPTS: Final = {Probe.SERVED: len(_SERVED), Probe.CALLS: len(_FORBIDDEN), Probe.LOOSENING: len(_LOOSENING)}
+_ATTEMPTS: Final = {Probe.SERVED: _SERVED, Probe.CALLS: _FORBIDDEN, Probe.LOOSENING: _LOOSENING}
+
+
+def attempted(probe: Probe, role: Role) -> int:
+    """Return how many ways a process of this role tries: what its work needs is not among them."""
+    return sum(attempt.name not in _SPARED[role] for attempt in _ATTEMPTS[probe])
 
 
 def _let_through(libc: ctypes.CDLL, attempts: tuple[_Attempt, ...], *, spared: frozenset[str]) -> int:

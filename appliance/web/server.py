@@ -5,7 +5,7 @@ supervisor of ours, and gunicorn's own ways of listening, logging and being cont
 
 1. The socket comes as `fd://N`; gunicorn opens none, and its control socket is disabled.
 2. Its messages quote request lines and exceptions, so they go nowhere: `_Silence` says at most that a request failed.
-3. Its heartbeat file lies in /dev/shm, which is memory.
+3. Its heartbeat is off; the file that it makes for one all the same lies in /dev/shm, which is memory.
 4. Its worker is ours (`patience`): a thread is for a request that is there whole, within limits of size and time.
 """
 
